@@ -61,7 +61,7 @@ def read_tables(task: Task, frames: Adapter) -> tuple[Events, pa.Table]:
         A table cannot be read, lacks a column, or has one of an unsupported type.
     """
     names, findings, settings = task.names, task.findings, task.settings
-    raw = {name: column for column, name in names.items()}
+    raw = {name: column for column, name in names.items()}  # names of the input, for error messages
     events = read_table(
         task.files, "interactions", text_columns=[raw[USER_ID], raw[ITEM_ID]], needed=names, findings=findings
     )
@@ -70,7 +70,16 @@ def read_tables(task: Task, frames: Adapter) -> tuple[Events, pa.Table]:
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
     items = read_items(task.items, settings["catalogue_item_column"], findings)
-    events, items = _normal_types(events, items, findings, settings["time_format"], raw)
+    item_ids = checks.normal_ids(items[ITEM_ID], ITEM_ID)
+    event_ids = checks.normal_ids(events[ITEM_ID], raw[ITEM_ID])
+    event_ids = checks.ids_like(event_ids, item_ids.type, findings, events=True)
+    items = with_column(items, ITEM_ID, checks.ids_like(item_ids, event_ids.type, findings))
+    converted = {
+        USER_ID: checks.normal_ids(events[USER_ID], raw[USER_ID]),
+        ITEM_ID: event_ids,
+        TIMESTAMP: checks.normal_time(events[TIMESTAMP], raw[TIMESTAMP], settings["time_format"]),
+    }
+    events = pa.table({name: converted.get(name, events[name]) for name in events.column_names})
     categorical_columns = settings["categorical_columns"]
     features = checks.event_features(events, settings["drop_columns"], findings)
     events = read_numbers(events, features, categorical_columns, findings)
@@ -104,25 +113,6 @@ def name_item_column(items: pa.Table, column: str, findings: checks.Findings) ->
 def with_normal_ids(items: pa.Table) -> pa.Table:
     """Return an item table with ids as int64 or string."""
     return with_column(items, ITEM_ID, checks.normal_ids(items[ITEM_ID], ITEM_ID))
-
-
-def _normal_types(
-    events: pa.Table, items: pa.Table, findings: checks.Findings, time_format: str | None, raw: Mapping[str, str]
-) -> tuple[pa.Table, pa.Table]:
-    """Convert ids and times; text ids become integers only if the ids of the other table are integers.
-
-    Errors name the columns of the events as in the input (``raw``: standard name -> name there).
-    """
-    item_ids = checks.normal_ids(items[ITEM_ID], ITEM_ID)
-    event_ids = checks.ids_like(checks.normal_ids(events[ITEM_ID], raw[ITEM_ID]), item_ids.type, findings, events=True)
-    item_ids = checks.ids_like(item_ids, event_ids.type, findings)
-    converted = {
-        USER_ID: checks.normal_ids(events[USER_ID], raw[USER_ID]),
-        ITEM_ID: event_ids,
-        TIMESTAMP: checks.normal_time(events[TIMESTAMP], raw[TIMESTAMP], time_format),
-    }
-    events = pa.table({name: converted.get(name, events[name]) for name in events.column_names})
-    return events, with_column(items, ITEM_ID, item_ids)
 
 
 def clean_inputs(

@@ -31,6 +31,8 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT, USER_I
 UnknownItems = Literal["append", "drop"]
 Vectors = Mapping[str, Floats]
 """Modality -> vectors, [item, width], rows as in the item table."""
+_RESERVED = ((FIRST_ITEM_ROW, 0), (0, 0))
+"""Rows before the items', by which vectors [item, width] become [item index, width]."""
 
 
 # Reading
@@ -242,7 +244,7 @@ def build_catalogue(
     """
     modalities = {}
     for name, array in vectors.items():
-        padded = _with_reserved_rows(array)
+        padded = np.pad(array, _RESERVED)
         encoder = {"name": "precomputed", "file": Path(files[name]).name}
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
@@ -261,11 +263,6 @@ def _with_counts(items: pa.Table, counts: npt.ArrayLike) -> pa.Table:
     """Return the item table of a catalogue: its two own columns, then those of the input but what names a row."""
     others = {name: items[name] for name in items.column_names if name not in (ITEM_ID, TRAIN_COUNT, ROW)}
     return pa.table({ITEM_ID: items[ITEM_ID], TRAIN_COUNT: pa.array(np.asarray(counts, np.int64)), **others})
-
-
-def _with_reserved_rows(vectors: Floats) -> Floats:
-    """Return vectors [item, width] with rows for the reserved item indices, [item index, width]."""
-    return np.concatenate([np.zeros((FIRST_ITEM_ROW, vectors.shape[1]), np.float32), vectors])
 
 
 # Incremental update
@@ -371,7 +368,7 @@ def extend_catalogue(old: Catalogue, items: pa.Table, vectors: Vectors) -> Catal
     pad = ((0, items.num_rows - old.n_items), (0, 0))
     modalities = {}
     for name, modality in old.modalities.items():
-        padded = _with_reserved_rows(vectors[name])
+        padded = np.pad(vectors[name], _RESERVED)
         present = padded.any(1)
         present[: old.n_rows] |= modality.present & (padded[: old.n_rows] == modality.vectors).all(1)
         variants = {variant: np.pad(array, pad) for variant, array in modality.variants.items()}

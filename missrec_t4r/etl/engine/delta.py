@@ -117,7 +117,7 @@ def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: S
             transform["features"][name]["values"] = vocabularies[name]
     write_json(folder / SESSION_TRANSFORM_FILE, transform)
     if (data / WORKFLOW_FOLDER).is_dir():
-        from missrec_t4r.etl.nvt.extend_vocabulary import extend_workflows
+        from missrec_t4r.etl.nvt.serialization import extend_workflows
 
         extend_workflows(data, folder, {name: pd.Series(vocabularies[name]) for name in longer})
 

@@ -25,17 +25,10 @@ from missrec_t4r.arrays import AnyArray, Bools, Ints
 from missrec_t4r.data.session_files import prefix_mask, take_prefixes
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import event_arithmetic, splits
+from missrec_t4r.etl.engine import workdir
 from missrec_t4r.etl.engine.ordering import EventOrder, count_out_of_order, duplicate_positions, order_events
 from missrec_t4r.etl.engine.shuffle import load_plan, read_partition
 from missrec_t4r.etl.engine.user_state import STATE_FOLDER, count_events, list_columns, state_path, to_events, to_state
-from missrec_t4r.etl.engine.workdir import (
-    FILTER_FOLDER,
-    KEPT_FOLDER,
-    OUTPUT_FOLDER,
-    SPLIT_FOLDER,
-    partition_path,
-    resumable,
-)
 from missrec_t4r.etl.event_settings import WEIGHT
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.io.arrow_files import one_array, read_arrow, with_column, write_arrow
@@ -102,7 +95,7 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     """
     events = read_events(work, partition, SURVEY_FILE)
     by_user, kept, counts = _check_events(events, load_common(work, SURVEY_FILE))
-    with atomic_write_file(partition_path(work, FILTER_FOLDER, partition, "npz")) as temporary:
+    with atomic_write_file(workdir.partition_path(work, workdir.FILTER_FOLDER, partition, "npz")) as temporary:
         np.savez(temporary, users=by_user.codes.astype(np.int32), items=events[ITEM_ID].to_numpy(), eligible=kept)
     return counts
 
@@ -116,7 +109,7 @@ def count_categories(work: str, partition: int) -> dict[str, list[int]]:
 
 
 def _kept_events(work: str, partition: int) -> Bools:
-    kept: Bools = np.load(partition_path(work, KEPT_FOLDER, partition, "npy"))
+    kept: Bools = np.load(workdir.partition_path(work, workdir.KEPT_FOLDER, partition, "npy"))
     return kept
 
 
@@ -145,7 +138,7 @@ def _check_events(
 # First task: group by user
 
 
-@resumable(STATE_FOLDER)
+@workdir.resumable(STATE_FOLDER)
 def group_by_user(work: str, partition: int) -> dict[str, Any]:
     """Write the user state of a partition: all events of every user, sorted by time.
 
@@ -158,7 +151,7 @@ def group_by_user(work: str, partition: int) -> dict[str, Any]:
     counts: dict[str, int] = {}
     if common["filtered"]:  # `survey_events` has counted
         events = events.filter(pa.array(_kept_events(work, partition)))
-        filtered_items = Path(work) / KEPT_FOLDER / FILTERED_ITEMS_FILE
+        filtered_items = Path(work) / workdir.KEPT_FOLDER / FILTERED_ITEMS_FILE
         if filtered_items.is_file():
             items = pa.array(np.load(filtered_items)[events[ITEM_ID].to_numpy()], pa.int32())
             events = with_column(events, ITEM_ID, items)
@@ -185,7 +178,7 @@ def extend_state(old: pa.Table | None, events: pa.Table, common: Mapping[str, An
 # Second task: sessions and splits
 
 
-@resumable(SPLIT_FOLDER)
+@workdir.resumable(workdir.SPLIT_FOLDER)
 def write_splits(work: str, partition: int) -> dict[str, Any]:
     """Write a partition's rows of every split, and how often each item occurs in its training rows.
 
@@ -202,7 +195,7 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
         rows = take_prefixes(sessions, offsets, lengths[name])
         result["sessions"][name] = rows.num_rows
         if rows.num_rows:  # item ids repeat too little for dictionary encoding to pay
-            file = Path(work) / OUTPUT_FOLDER / name / f"part_{partition:05}.parquet"
+            file = Path(work) / workdir.OUTPUT_FOLDER / name / f"part_{partition:05}.parquet"
             pq.write_table(rows, file, use_dictionary=False, write_statistics=False)
     np.save(state_path(work, partition, "npy"), count_train_items(sessions, offsets, lengths["train"]))
     return result

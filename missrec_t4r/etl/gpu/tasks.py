@@ -33,17 +33,7 @@ from merlin.core.utils import set_dask_client
 from missrec_t4r.arrays import Ints
 from missrec_t4r.etl import splits
 from missrec_t4r.etl.dataframe import Frame, ListColumn
-from missrec_t4r.etl.engine.workdir import (
-    FILTER_FOLDER,
-    KEPT_FOLDER,
-    OUTPUT_FOLDER,
-    PLAN_FILE,
-    SHUFFLE_FOLDER,
-    SPLIT_FOLDER,
-    partition_path,
-    read_item_ids,
-    resumable,
-)
+from missrec_t4r.etl.engine import workdir
 from missrec_t4r.etl.event_settings import weighted_events
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.gpu.read import Columns, Seen, read_complete, with_types
@@ -69,7 +59,7 @@ def free_memory() -> int:
     return gpu.open_device().free_memory()
 
 
-@resumable(SHUFFLE_FOLDER)
+@workdir.resumable(workdir.SHUFFLE_FOLDER)
 def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
     """Write the complete events of a chunk, a file per partition.
 
@@ -91,7 +81,7 @@ def shuffle_chunk(work: str, chunk: int) -> dict[str, Any]:
         bounds[1:] = np.cumsum(device.host(device.xp.bincount(partition, minlength=plan["partitions"])))
     for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
         if end > start:
-            target = Path(work) / SHUFFLE_FOLDER / f"{number:05}-{chunk:05}.parquet"
+            target = Path(work) / workdir.SHUFFLE_FOLDER / f"{number:05}-{chunk:05}.parquet"
             device.write_parquet(frame.iloc[start:end], target, compression=None)
     return {"seen": seen, "texts": texts, "sizes": np.diff(bounds).tolist(), "unknown": unknown}
 
@@ -108,7 +98,7 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     if plan["settings"]["drop_duplicates"]:
         frame = frame[~duplicate].reset_index(drop=True)
     codes, distinct = device.factorize(frame[ITEM_ID])
-    ids = read_item_ids(work)
+    ids = workdir.read_item_ids(work)
     index = pc.index_in(device.to_arrow(distinct).cast(ids.type), value_set=ids)  # [distinct id]
     index = index.fill_null(-FIRST_ITEM_ROW).to_numpy() + FIRST_ITEM_ROW
     items = device.host(device.xp.asarray(index)[codes])  # [event]: item index, 0 where it has none
@@ -116,7 +106,7 @@ def survey_events(work: str, partition: int) -> dict[str, int]:
     counts |= {"events": len(frame), "unknown_item_events": int(unknown.sum())}
     if filters_rare(plan["settings"]):
         users = device.host(device.factorize(frame[USER_ID])[0])
-        with atomic_write_file(partition_path(work, FILTER_FOLDER, partition, "npz")) as temporary:
+        with atomic_write_file(workdir.partition_path(work, workdir.FILTER_FOLDER, partition, "npz")) as temporary:
             np.savez(temporary, users=users.astype(np.int32), items=items.astype(np.int32), eligible=items > 0)
     return counts
 
@@ -131,7 +121,7 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
     if not len(frame):
         return {"events": 0}
     if splits.needs_times(plan["settings"]):
-        with atomic_write_file(partition_path(work, TIMES_FOLDER, partition, "npy")) as temporary:
+        with atomic_write_file(workdir.partition_path(work, TIMES_FOLDER, partition, "npy")) as temporary:
             np.save(temporary, device.host(device.array(frame[TIMESTAMP])))
     nulls = checks.count_nulls(frame, columns.features)
     filled = checks.without_nulls(frame, columns.features, columns.categorical)
@@ -145,7 +135,7 @@ def count_events(work: str, partition: int) -> dict[str, Any]:
     }
 
 
-@resumable(SPLIT_FOLDER)
+@workdir.resumable(workdir.SPLIT_FOLDER)
 def write_splits(work: str, partition: int) -> dict[str, Any]:
     """Write a partition's rows of every split, and how often each item occurs in its training rows.
 
@@ -159,8 +149,10 @@ def write_splits(work: str, partition: int) -> dict[str, Any]:
     set_dask_client(None)  # on a worker of a cluster Merlin, and dask itself, would look for the cluster
     with dask.config.set(scheduler="synchronous"):
         sessions = workflows.transform_dataset(workflow, frame, 1, USER_ID) if len(frame) else frame
-    written = write_rows(device, sessions, split, Path(work) / OUTPUT_FOLDER, split["rows"], f"part_{partition:05}")
-    np.save(partition_path(work, SPLIT_FOLDER, partition, "npy"), written.train_counts)
+    written = write_rows(
+        device, sessions, split, Path(work) / workdir.OUTPUT_FOLDER, split["rows"], f"part_{partition:05}"
+    )
+    np.save(workdir.partition_path(work, workdir.SPLIT_FOLDER, partition, "npy"), written.train_counts)
     return {"sessions": written.rows, "longest": written.longest}
 
 
@@ -234,14 +226,14 @@ def clean_events(work: str, partition: int) -> Frame:
 
 
 def _load_plan(work: str) -> tuple[dict[str, Any], Columns]:
-    plan = read_json(Path(work) / PLAN_FILE)
+    plan = read_json(Path(work) / workdir.PLAN_FILE)
     return plan, Columns(*plan["columns"])
 
 
 def _read_partition(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     """Return the complete events of a partition, in input order, in the types of all events."""
     _, columns = _load_plan(work)
-    files = sorted((Path(work) / SHUFFLE_FOLDER).glob(f"{partition:05}-*.parquet"))  # by chunk
+    files = sorted((Path(work) / workdir.SHUFFLE_FOLDER).glob(f"{partition:05}-*.parquet"))  # by chunk
     seen = Seen(*read_json(Path(work) / SURVEY_FILE)["seen"])
     return with_types(device.read_parquet(files, list(columns.raw)), columns, seen)
 
@@ -253,7 +245,7 @@ def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
     if plan["settings"]["drop_duplicates"]:
         frame = frame[~frame.duplicated(list(checks.KEYS))].reset_index(drop=True)
     if filters_rare(plan["settings"]):  # unknown items are left out there
-        kept: Ints = np.flatnonzero(np.load(partition_path(work, KEPT_FOLDER, partition, "npy")))
+        kept: Ints = np.flatnonzero(np.load(workdir.partition_path(work, workdir.KEPT_FOLDER, partition, "npy")))
         return frame.take(device.xp.asarray(kept)).reset_index(drop=True)
     if plan["settings"]["unknown_items"] == "drop":
         frame = frame[frame[ITEM_ID].isin(_items(work, device))].reset_index(drop=True)
@@ -261,4 +253,4 @@ def _filtered(work: str, partition: int, device: gpu.CudfDevice) -> Frame:
 
 
 def _items(work: str, device: gpu.CudfDevice) -> Any:
-    return device.from_arrow(pa.table({ITEM_ID: read_item_ids(work)}))[ITEM_ID]
+    return device.from_arrow(pa.table({ITEM_ID: workdir.read_item_ids(work)}))[ITEM_ID]

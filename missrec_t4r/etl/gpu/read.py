@@ -144,9 +144,8 @@ def read_complete(
     for name in columns.texts:
         distinct = _distinct_texts(device, frame[name], name)
         if name in columns.features and name not in columns.categorical:
-            notations = Notations()
-            notations.add(texts := distinct.to_pylist())
-            maybe_numbers[name] = texts if notations.possible else None
+            texts = distinct.to_pylist()
+            maybe_numbers[name] = texts if Notations(texts).possible else None
     return *_complete(_normal(frame, device), columns), maybe_numbers
 
 
@@ -159,10 +158,7 @@ def refuse_number_texts(parts: dict[str, list[list[str] | None]]) -> None:
         There is one.
     """
     for name, texts in parts.items():
-        notations = Notations()
-        for part in texts:
-            notations.add(part or ())
-        if None not in texts and notations.chosen:
+        if None not in texts and Notations(text for part in texts for text in part or ()).chosen:
             raise NotPlainError(f"the texts of column {name!r} are numbers")
 
 

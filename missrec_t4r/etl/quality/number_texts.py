@@ -36,16 +36,15 @@ class Notations:
 
     Examples
     --------
-    >>> seen = Notations()
-    >>> seen.add(["12,50", "n/a", "7"])
-    >>> seen.chosen
+    >>> Notations(["12,50", "n/a", "7"]).chosen
     'comma'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Iterable[str | None] = ()) -> None:
         self.possible = list(_NOTATIONS)
         self.has_number = self.has_missing = self.has_fraction = False
         self.is_ambiguous = True
+        self.add(texts)
 
     def add(self, texts: Iterable[str | None]) -> None:
         """Add distinct texts."""
@@ -103,9 +102,7 @@ def read_numbers(
         column = table[name]
         if not pa.types.is_string(column.type) or name in categorical_columns:
             continue
-        seen = Notations()
-        seen.add(pc.unique(column).to_pylist())
-        if notation := seen.chosen:
+        if notation := Notations(pc.unique(column).to_pylist()).chosen:
             note(findings, name, len(column) - column.null_count, notation)
             table = with_column(table, name, parse_numbers(column, notation))
     return table

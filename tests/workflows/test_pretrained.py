@@ -22,10 +22,9 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.features.cache import VectorCache
-from missrec_t4r.etl.features.encode import EncoderSettings, encode_contents
+from missrec_t4r.etl.features.encode import EncoderSettings, encode_contents, fit_reduction, reduced
 from missrec_t4r.etl.features.hf_encoders import PretrainedImage, PretrainedText
 from missrec_t4r.etl.features.pipeline import encode_items, features, word_dropped
-from missrec_t4r.etl.features.whitening import fit_reduction, reduced
 from missrec_t4r.etl.pipeline import etl
 from tests import processes
 from tests.crafted import Crafted

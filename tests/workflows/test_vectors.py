@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from missrec_t4r.etl.features.cache import VectorCache
-from missrec_t4r.etl.features.whitening import fit_reduction, reduced
+from missrec_t4r.etl.features.encode import fit_reduction, reduced
 from tests.workflows.tables import few_open_files
 
 

@@ -1,8 +1,11 @@
 """Encode the contents of one modality: texts or image paths in, unit-length vectors and the encoder's fingerprint out.
 
 Encoders are the classical ones (fitted here, or with a given fitted state) or pretrained ones, whose vectors are cached
-by content. Whitening and dimension reduction follow. Pretrained encoders see every distinct content once, shorter texts
-first, so that a batch needs little padding.
+by content. Pretrained encoders see every distinct content once, shorter texts first, so that a batch needs little
+padding. Whitening and dimension reduction follow: one fitted affine map, stored so that new items get the same one.
+
+Whitening gives every direction the same variance (Su et al. 2021, arXiv:2103.15316): x -> (x - mean) U S^-1/2, with the
+covariance U S U'. Reduction keeps the directions of greatest variance (PCA). The results are scaled to unit length.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from missrec_t4r.arrays import Floats
+from missrec_t4r.arrays import Bools, Floats
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.errors import ModalityError
 from missrec_t4r.etl.features.cache import VectorCache, content_key
 from missrec_t4r.etl.features.sklearn_encoders import UNREADABLE, Encoded, State, encode_images, encode_texts
-from missrec_t4r.etl.features.whitening import MATRIX, fit_reduction, reduced
 from missrec_t4r.io.hashing import json_digest
 from missrec_t4r.progress import track
 
 CLASSICAL = "classical"
+_MEAN, _MATRIX = "reduction.mean", "reduction.matrix"
+_LEAST_VARIANCE = 1e-6
+"""Relative to the greatest; directions below it hold only rounding errors, which whitening would blow up."""
 _FLUSH = 256
 """Vectors held in memory before they are written to the cache: the most that a killed run loses."""
 _NOT_IDENTIFYING = {"library", "method", "stands_in_for", "seed", "width"}
@@ -86,10 +91,10 @@ def encode_contents(
     fitted = dict(encoded.state if state is None else state)
     if state is None and (settings.whiten or settings.reduce_to is not None):
         fitted |= fit_reduction(encoded.vectors, encoded.present, whiten=settings.whiten, reduce_to=settings.reduce_to)
-    vectors = reduced(encoded.vectors, encoded.present, fitted) if MATRIX in fitted else encoded.vectors
+    vectors = reduced(encoded.vectors, encoded.present, fitted) if _MATRIX in fitted else encoded.vectors
     encoder = {**encoded.encoder, "model": settings.encoder, "precision": settings.precision}
-    if MATRIX in fitted:
-        encoder |= {"whiten": settings.whiten, "reduced_to": int(fitted[MATRIX].shape[1])}
+    if _MATRIX in fitted:
+        encoder |= {"whiten": settings.whiten, "reduced_to": int(fitted[_MATRIX].shape[1])}
     encoder["fingerprint"] = fingerprint(encoded.encoder, fitted)
     return replace(encoded, vectors=vectors, encoder=encoder, state=fitted)
 
@@ -178,3 +183,51 @@ def _read(kind: str, content: Any) -> Any:
             return picture.convert("RGB")
     except UNREADABLE:
         return None
+
+
+def fit_reduction(vectors: Floats, present: Bools, *, whiten: bool, reduce_to: int | None) -> State:
+    """Return mean and matrix [width, reduced].
+
+    Parameters
+    ----------
+    vectors : ndarray [item, width]
+    present : ndarray [item], bool
+        Items that have the modality; only these are fitted.
+    whiten : bool
+        Divide by the standard deviation of each direction.
+    reduce_to : int or None
+        Number of directions to keep; fewer if the items span fewer.
+
+    Raises
+    ------
+    ModalityError
+        Fewer than two items, or items that are all the same.
+    """
+    rows = vectors[present].astype(np.float64)  # [present item, width]
+    if len(rows) < 2:
+        raise ModalityError(f"{len(rows)} items have vectors to whiten", "at least two", "leave --whiten out")
+    mean = rows.mean(0)  # [width]
+    covariance = np.atleast_2d(np.cov(rows - mean, rowvar=False))  # [width, width]; cov is 0-d for width 1
+    variance, directions = np.linalg.eigh(covariance)  # [width], [width, width]: eigenvectors are columns
+    variance, directions = variance[::-1], directions[:, ::-1]  # eigh sorts ascending: greatest variance first
+    n_directions = int((variance > _LEAST_VARIANCE * max(variance[0], 0.0)).sum())
+    if variance[0] <= 0 or not n_directions:
+        raise ModalityError("all vectors are the same", "vectors that differ", "check the texts or pictures")
+    if not whiten:
+        n_directions = len(variance)
+    n_directions = min(n_directions, reduce_to or n_directions)
+    signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(len(variance))])
+    # An eigenvector's sign is arbitrary: its largest entry is made positive, so that the result is reproducible.
+    matrix = (directions * signs)[:, :n_directions]  # [width, reduced]
+    if whiten:
+        matrix = matrix / np.sqrt(variance[:n_directions])
+    return {_MEAN: mean.astype(np.float32), _MATRIX: np.ascontiguousarray(matrix, np.float32)}
+
+
+def reduced(vectors: Floats, present: Bools, state: State) -> Floats:
+    """Return the mapped vectors [item, reduced] in unit length; items without the modality stay zero."""
+    out = np.zeros((len(vectors), state[_MATRIX].shape[1]), np.float32)
+    mapped = (vectors[present] - state[_MEAN]) @ state[_MATRIX]  # [present item, reduced]
+    lengths = np.linalg.norm(mapped, axis=1, keepdims=True)
+    out[present] = mapped / np.where(lengths > 0, lengths, 1)  # the mean itself maps to zero
+    return out

@@ -79,7 +79,7 @@ class InterestVocabulary(nn.Module):
     @property
     def n_interests(self) -> int:
         """Number of clusters K."""
-        return len(self.centroids) - 1
+        return sizes(self.centroids)[0] - 1
 
     @property
     def discovered(self) -> bool:

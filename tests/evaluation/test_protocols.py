@@ -188,7 +188,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 USERS, ITEMS = 500, 150
-SMALL = {"model.d_model": 64, "train.epochs": 12, "train.batch_size": 128, "train.max_minutes": 0}
+SMALL = {
+    "model.d_model": 64,
+    "model.n_decoder_layers": 1,
+    "train.epochs": 12,
+    "train.batch_size": 128,
+    "train.max_minutes": 0,
+}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

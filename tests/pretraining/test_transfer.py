@@ -177,7 +177,7 @@ def test_unfit_runs_and_options_are_errors_with_their_cure(
             out,
             start_from=pretrained,
             recipe="pretrain",
-            settings=SMALL | {"model.d_model": 32, "model.n_decoder_layers": 2},
+            settings=SMALL | {"model.d_model": 32, "model.n_decoder_layers": 3},
         )
     with pytest.raises(CheckpointError, match="add --set model.feature_scaling=l2"):
         train(tools, out, start_from=pretrained, recipe="pretrain", settings=SMALL | {"model.feature_scaling": "none"})

@@ -132,7 +132,7 @@ def described(folder: Path, **changes: Any) -> None:
     [
         (lambda f: described(f, config__d_model=16_000_000), "instead of F32 .*16000000"),
         (lambda f: described(f, config__d_feedforward=1 << 40), f"{WEIGHTS} holds .*1099511627776"),
-        (lambda f: described(f, config__n_encoder_layers=10**9), "those of 1000000001 layers"),
+        (lambda f: described(f, config__n_encoder_layers=10**9), "those of 1000000002 layers"),
         (lambda f: described(f, config__max_sequence_length=1 << 40), f"{WEIGHTS} holds .*1099511627776"),
         (lambda f: described(f, config__n_neighbours=-5), "negative"),
         (lambda f: described(f, config__candidate_fusion="static"), "fusion.phi, which is not expected"),

@@ -53,7 +53,7 @@ def test_the_better_way_of_counting_is_kept(directed: bool) -> None:
     found = fit_terms(model, catalogue, Sessions.from_lists(train), Sessions.from_lists([b_c for _, *b_c in triples]))
     assert found["item_knn"]["directed"] == directed
     assert found["item_knn"]["window"] == (5 if directed else shop.SMALL["max_sequence_length"])
-    assert found["valid_ndcg@10"] > (0.9 if directed else 0.6) > 0.3 > found["valid_ndcg@10_without_terms"]
+    assert found["valid_ndcg@10"] > (0.85 if directed else 0.6) > 0.3 > found["valid_ndcg@10_without_terms"]
     term = terms_of(model).item_knn
     assert term is not None
     b = FIRST_ITEM_ROW + 1

@@ -52,9 +52,10 @@ def load_state(file: Path, fingerprint: str) -> tuple[dict[str, dict[str, Tensor
         The file is damaged.
     """
     tensors, metadata = load_tensors(file), load_metadata(file)
-    if not _goes_on(metadata.get("fingerprint", "null"), fingerprint):
+    stored = metadata.get("fingerprint", "null")
+    if not _goes_on(stored, fingerprint):
         raise ConfigError(
-            f"{file.parent} holds an interrupted run with other settings or data",
+            f"{file.parent} holds an interrupted run with other settings or data: {_changes(stored, fingerprint)}",
             "the same recipe, data and number of processes",
             "give another --out, or --restart to discard it; epochs, patience and max_minutes may grow",
         )
@@ -80,6 +81,24 @@ def _goes_on(stored: str, own: str) -> bool:
     if before != now or (now[0]["train"]["schedule"] == "cosine" and limits[0]["epochs"] != limits[1]["epochs"]):
         return False
     return has_grown(*limits)
+
+
+def _changes(stored: str, own: str) -> str:
+    """Return in what two fingerprints differ, such as ``train.epochs 3 -> 2``."""
+    before, now = json.loads(stored), json.loads(own)
+    try:
+        changes = [
+            f"{section}.{name} {before[0][section].get(name)} -> {value}"
+            for section, settings in now[0].items()
+            if section != "name"
+            for name, value in settings.items()
+            if before[0][section].get(name) != value
+        ]
+    except (KeyError, TypeError, IndexError):
+        return "it is of another version"
+    if before[1:] != now[1:]:
+        changes.append("the data, the run that it starts from, or the number of processes")
+    return ", ".join(changes)
 
 
 def has_grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:

@@ -135,7 +135,7 @@ def test_an_interrupted_run_is_not_resumed_with_other_data_of_the_same_sizes(dat
         (catalogue, sessions[0], others[1]),
         (Catalogue(catalogue.items, encoded), *sessions),
     ):
-        with pytest.raises(ConfigError, match="other settings or data"):
+        with pytest.raises(ConfigError, match="other settings or data: the data, the run that it starts from, or"):
             Trainer(recipe, items, train_split, valid_split, tmp_path / "run", "cpu").resume()
 
 

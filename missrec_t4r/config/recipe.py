@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,8 +143,8 @@ def _find(name_or_path: str, folder: Path) -> _File:
 
 
 def _parse(text: bytes, name: str) -> dict[str, Any]:
-    try:
-        content = parse_yaml(text) or {}
+    try:  # in YAML no tab may stand before JSON's values
+        content = json.loads(text) if name.endswith(".json") else parse_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"recipe {name} is not YAML ({reason})", "a mapping with model: and train:") from error

@@ -36,5 +36,7 @@ def parse_yaml(text: str | bytes) -> Any:
     loader = _Loader(text)
     try:
         return loader.get_single_data()
+    except (ValueError, RecursionError) as error:  # a date that does not exist, such as 2026-13-45; deep nesting
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()

@@ -94,11 +94,11 @@ def _changes(stored: str, own: str) -> str:
             for name, value in settings.items()
             if before[0][section].get(name) != value
         ]
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         return "it is of another version"
     if before[1:] != now[1:]:
         changes.append("the data, the run that it starts from, or the number of processes")
-    return ", ".join(changes)
+    return ", ".join(changes) or "it is of another version"
 
 
 def has_grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:

@@ -1,5 +1,6 @@
 """Settings: recipes that extend each other, old names, and errors in the words of the command line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,8 @@ def test_a_recipes_name_and_its_files_name_have_no_influence(tmp_path: Path) -> 
         ("model: {d_modle: 3}", "unknown setting model.d_modle.*did you mean 'd_model'"),
         ("- 3", "holds list; expected: a mapping"),
         ("model: [", "is not YAML .*; expected: a mapping"),
+        ("model: 2026-13-45", "is not YAML .month must be in 1..12.; expected: a mapping"),
+        ("[" * 5000, "is not YAML .*; expected: a mapping"),
     ],
 )
 def test_a_recipe_that_cannot_be_resolved_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -106,6 +109,13 @@ def test_numbers_of_a_recipe_may_be_written_as_in_python(tmp_path: Path) -> None
     recipe = Recipe.load(tmp_path / "mine.yaml")
     assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.epochs) == (0.001, 0.005, 10)
     assert recipe.model.temperature == 0.07
+
+
+def test_a_json_recipe_may_be_indented_by_tabs(tmp_path: Path) -> None:
+    """YAML forbids them; `train.learning_rate` is as Python writes it."""
+    text = json.dumps({"train": {"epochs": 2, "learning_rate": 1e-05}}, indent="\t")
+    (tmp_path / "mine.json").write_text(text)
+    assert Recipe.load(tmp_path / "mine.json").train == TrainConfig(epochs=2, learning_rate=1e-05)
 
 
 def test_old_names_of_settings_are_accepted(tmp_path: Path) -> None:

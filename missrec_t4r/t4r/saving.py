@@ -57,7 +57,8 @@ def save_run(
         With our inputs, block and task (`build_model`, or written by hand).
     out : path
         Run folder, for ``missrec evaluate``, ``missrec export`` and `load_run`. A run that it holds is kept beside it,
-        as ``OUT-earlier-1`` and so on, since a refusal at the end of a script would lose what was trained.
+        as ``OUT-earlier-1`` and so on, since a refusal at the end of a script would lose what was trained; replaced
+        where the data folder, or the working directory, is in it.
     trainer : tr.Trainer, optional
         That trained the model: its arguments are recorded, and the data folder is found beside its training split.
     data : path, optional
@@ -106,8 +107,13 @@ def save_run(
     }
     recipe = Recipe(name="t4r", model=core.config, train=settings)
     if (out / run_folder.RUN_FILE).is_file():
+        others = [path for path in (folder.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
         if overwrite:
             log.info(f"{out} holds a finished run: its files are replaced")
+        elif others:
+            log.warning(
+                f"{out} held a finished run, which is replaced: {others[0]} could not stay if {out} were renamed"
+            )
         else:
             log.warning(
                 f"{out} held a finished run, which is kept as {_set_aside(out)}; "

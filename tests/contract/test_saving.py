@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_a_run_that_the_folder_holds_is_kept_beside_it_unless_it_is_to_be_replac
     assert not torch.equal(load_run(out).model.state_dict()[name], weights[name])
     mr.save_run(model, out=out, data=data, overwrite=True)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["run", "run-earlier-1"]
+
+
+def test_a_run_beside_whose_files_its_data_lie_is_replaced_since_they_must_stay(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, out = by_hand(), tmp_path / "run"
+    shutil.copytree(data, out / "data")
+    for _ in range(2):
+        mr.save_run(model, out=out, data=out / "data")
+    assert f"{out} held a finished run, which is replaced: {out / 'data'} could not stay" in caplog.text
+    assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
+    assert load_run(out).catalogue.n_rows == to_core(model).item_encoder.n_rows
 
 
 def test_the_default_learning_rate_of_transformers_is_reported(

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[MISSRecConfig, Softmax]] = {
         shop.ours_masked(candidate_fusion="dynamic_instance", orthogonality="cosine", **OURS),
         FullSoftmax(),
     ),
+    "without interests": (shop.default(**OURS, interest_ratio=0.0), FullSoftmax()),
     "chunked": (shop.default(**OURS), ChunkedSoftmax(5)),
     "sampled, all drawn": (shop.default(**OURS), SampledSoftmax(torch.ones(15), 1000)),
 }

@@ -35,6 +35,7 @@ CONFIGS = {
     "paper": shop.paper(dropout=0.0),
     "masked": shop.ours_masked(dropout=0.0, orthogonality="cosine", sequence_fusion="contextual"),
     "default": shop.default(dropout=0.0),
+    "without interests": shop.default(dropout=0.0, interest_ratio=0.0),
     "with event features": shop.default(dropout=0.0, event_feature_dropout=0.0),
 }
 FEW = {

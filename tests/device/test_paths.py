@@ -96,9 +96,10 @@ def test_a_run_on_the_gpu_is_that_of_the_cpu(data: Path, tmp_path: Path) -> None
 
 
 def test_pretraining_transfer_and_continuation(data: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"model.interest_ratio": 0.3}
     with second_device():
-        pretrain([data], tmp_path / "pre", settings=SMALL, device="cuda")
-        train(data, tmp_path / "run", start_from=tmp_path / "pre", recipe="pretrain", settings=SMALL, device="cuda")
+        pretrain([data], tmp_path / "pre", settings=settings, device="cuda")
+        train(data, tmp_path / "run", start_from=tmp_path / "pre", recipe="pretrain", settings=settings, device="cuda")
         result = train(data, tmp_path / "next", warm_start=tmp_path / "run", settings=SMALL, device="cuda")
     assert np.isfinite(result["valid_ndcg@10"])
 

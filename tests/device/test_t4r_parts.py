@@ -34,14 +34,15 @@ def _batch() -> dict[str, Tensor]:
     return {"item_id-list": rows, "category-list": rows % shop.N_CATEGORIES, "price-list": (rows / shop.N_ROWS).float()}
 
 
-def test_a_training_step_on_prefixes_waits_for_nothing() -> None:
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_a_training_step_on_prefixes_waits_for_nothing(ratio: float) -> None:
     from missrec_t4r.t4r.loader import PREFIX_ROWS
 
     losses = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         with second_device() as waits:
-            model = _model(dropout=0.0).to(device)
+            model = _model(dropout=0.0, interest_ratio=ratio).to(device)
             rows = {name: values.to(device) for name, values in _batch().items()}
             rows[PREFIX_ROWS] = torch.ones(len(rows["item_id-list"]), 1, dtype=torch.bool, device=device)
             model.train()
@@ -59,7 +60,7 @@ def test_a_training_step_on_prefixes_waits_for_nothing() -> None:
 def test_a_t4r_model_runs_on_the_gpu(mode: str) -> None:
     torch.manual_seed(0)
     with second_device():
-        model = _model().to("cuda")
+        model = _model(interest_ratio=0.3).to("cuda")
         batch = {name: values.to("cuda") for name, values in _batch().items()}
         model.train(mode == "training")
         result = model(batch, training=mode == "training", testing=mode == "testing")

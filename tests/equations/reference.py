@@ -96,14 +96,15 @@ class DecoderLayer(NamedTuple):
 
     self_attention: Attention
     self_norm: Norm
-    cross_attention: Attention
-    cross_norm: Norm
+    cross_attention: Attention | None  # None: of a model without interests (ours)
+    cross_norm: Norm | None
     feed_forward: FeedForward
     feed_forward_norm: Norm
 
     def __call__(self, x: Array, visible: Mask, memory: Array, memory_visible: Mask) -> Array:
         x = self.self_norm(x + self.self_attention(x, x, visible))
-        x = self.cross_norm(x + self.cross_attention(x, memory, memory_visible))
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = self.cross_norm(x + self.cross_attention(x, memory, memory_visible))
         return self.feed_forward_norm(x + self.feed_forward(x))
 
 
@@ -233,7 +234,7 @@ class Model(NamedTuple):
     items: Items
     centroids: Array  # [interest + 1, dim], row 0 unused
     assignment: Ints  # [modality, row]
-    encoder: Encoder
+    encoder: Encoder | None  # None: of a model without interests (ours)
     decoder: Decoder
     causal: bool
     contextual: bool
@@ -247,7 +248,7 @@ class Model(NamedTuple):
         ids = list(session_interests(session, self.assignment))
         tokens = np.concatenate([self.centroids[ids], np.zeros((places - len(ids), self.centroids.shape[1]))])
         visible = np.broadcast_to(np.arange(places) < len(ids), (places, places))
-        return self.encoder(tokens, visible), len(ids) / places
+        return tokens if self.encoder is None else self.encoder(tokens, visible), len(ids) / places
 
     def memory(self, session: Sequence[int]) -> tuple[Array, list[int], list[int]]:
         """Encode a session's interests: memory [interest, dim], their ids, and where each is first seen (E6, E7)."""
@@ -255,7 +256,8 @@ class Model(NamedTuple):
         ids, places = list(first_seen), list(first_seen.values())
         visible = np.array([[p <= q or not self.causal for p in places] for q in places], bool)
         tokens = self.centroids[ids]
-        return (self.encoder(tokens, visible.reshape(len(ids), len(ids))) if ids else tokens), ids, places
+        encode = self.encoder if ids else None
+        return (tokens if encode is None else encode(tokens, visible.reshape(len(ids), len(ids)))), ids, places
 
     def positions(self, session: Sequence[int]) -> Array:
         """Return the decoder's output at every position, not normalised, [seq, dim] or [modality, seq, dim]."""

@@ -30,6 +30,8 @@ CONFIGS = {
     "default, unscaled": (shop.default(feature_scaling="none"), EXACT),
     "default, own candidate IDs": (shop.default(candidate_ids="own"), ROUNDED),
     "default, inductive": (shop.default(item_ids=False), ROUNDED),
+    "default, without interests": (shop.default(interest_ratio=0.0), ROUNDED),
+    "contextual, without interests": (shop.ours_masked(sequence_fusion="contextual", interest_ratio=0.0), EXACT),
     "default, two layers each": (shop.default(n_encoder_layers=2, n_decoder_layers=2), ROUNDED),
 }
 

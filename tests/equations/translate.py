@@ -56,8 +56,8 @@ def decoder_layer(module: code.DecoderLayer) -> ref.DecoderLayer:
     return ref.DecoderLayer(
         attention(module.self_attention),
         norm(module.norm_self),
-        attention(module.cross_attention),
-        norm(module.norm_cross),
+        None if module.cross_attention is None else attention(module.cross_attention),
+        None if module.norm_cross is None else norm(module.norm_cross),
         feed_forward(module.feedforward),
         norm(module.norm_feedforward),
     )
@@ -102,7 +102,7 @@ def whole(model: MISSRec, shop: Catalogue) -> ref.Model:
         items(model, shop),
         array(model.interests.centroids),
         model.interests.assignment.numpy(),
-        encoder(model.encoder),
+        encoder(model.encoder) if model.config.has_interests else None,
         decoder(model.decoder),
         causal=model.config.attention == "causal",
         contextual=model.config.sequence_fusion == "contextual",

@@ -23,6 +23,7 @@ CONFIGS: dict[str, MISSRecConfig] = {
     "paper, contextual": shop.paper(sequence_fusion="contextual"),
     "masked, contextual": shop.ours_masked(sequence_fusion="contextual"),
     "phi per item": shop.default(candidate_fusion="dynamic_instance"),
+    "without interests": shop.default(interest_ratio=0.0),
     "static": shop.default(candidate_fusion="static"),
 }
 MAX_LENGTH = shop.SMALL["max_sequence_length"]

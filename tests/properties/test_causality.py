@@ -16,7 +16,7 @@ from missrec_t4r.training.step import training_loss
 from tests import shop
 from tests.properties.cases import close, items, model, pad, quick, sessions
 
-CAUSAL = ["default", "default, two layers each", "inductive"]
+CAUSAL = ["default", "default, two layers each", "inductive", "without interests"]
 causal = pytest.mark.parametrize("name", CAUSAL)
 pairs = st.lists(st.tuples(items, items), min_size=1, max_size=8)
 

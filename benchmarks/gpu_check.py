@@ -81,13 +81,15 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
     catalogue, sessions, test = parity_data.load(None)
     if sizes is TINY:
         sessions, test = (part.take(np.arange(40)) for part in (sessions, test))
-    small = {"model.d_model": 16, "model.n_head": 2, "model.interest_ratio": 0.02} if sizes is TINY else {}
+    small = {"model.d_model": 16, "model.n_head": 2} if sizes is TINY else {}
+    few_interests = {"paper": {"model.interest_ratio": 0.02}} if sizes is TINY else {}
     plain = small | {"train.batch_size": 512, "train.precision": "fp32", "model.dropout": 0.0}
+    paper = plain | few_interests.get("paper", {})
     few, losses = sessions.take(np.arange(min(len(sessions), 512))), list[list[float]]()
 
     def compare(name: str, device: str, *, graphs: bool) -> None:
         """Train three epochs, and compare their losses with those of the training before."""
-        trainer = _trainer("paper", plain | {"train.cuda_graphs": graphs}, catalogue, few, test, work / name, device)
+        trainer = _trainer("paper", paper | {"train.cuda_graphs": graphs}, catalogue, few, test, work / name, device)
         losses.append([trainer._epoch()["loss"] for _ in range(3)])
         if len(losses) > 1:
             record.equal(name, _apart(losses[-1], losses[-2]), LOSSES)
@@ -102,14 +104,15 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
         backend = "gloo" if DEVICE == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, init_method=f"file://{work}/group", rank=0, world_size=1)
         try:
-            trainer = _trainer("paper", plain, catalogue, few, test, work / "group", DEVICE)
+            trainer = _trainer("paper", paper, catalogue, few, test, work / "group", DEVICE)
             grouped = [trainer._epoch()["loss"] for _ in range(3)]
         finally:
             torch.distributed.destroy_process_group()
         record.equal("train/group", _apart(grouped, losses[-1]), LOSSES)
     for recipe, precision in (("paper", "fp32"), ("default", "auto"), ("long", "auto")):
         with record.step(f"train/waits/{recipe}"):
-            settings = plain | {"train.precision": precision, "train.cuda_graphs": False}  # to record them is to wait
+            settings = plain | few_interests.get(recipe, {})
+            settings |= {"train.precision": precision, "train.cuda_graphs": False}  # to record them is to wait
             trainer = _trainer(recipe, settings, catalogue, few, test, work / f"waits-{recipe}", DEVICE)
             record.add(at=["waits", recipe], value=(lines := lines_that_wait(trainer)))
             if lines:
@@ -122,7 +125,8 @@ def train(record: Record, sizes: Sizes, work: Path, _: argparse.Namespace) -> No
     ):
         for graphs in (True, False):
             with record.step(f"train/{name}" if graphs else f"without_graphs/{name}"):
-                settings = small | {"train.batch_size": batch, "train.cuda_graphs": graphs}
+                settings = small | few_interests.get(recipe, {})
+                settings |= {"train.batch_size": batch, "train.cuda_graphs": graphs}
                 trainer = _trainer(recipe, settings, catalogue, sessions, test, work / f"{name}-{graphs}", DEVICE)
                 record.add(at=["train" if graphs else "without_graphs", name], value=_rate(trainer, 0 if graphs else 1))
                 _note_graphs(record, name, trainer)

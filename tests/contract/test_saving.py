@@ -189,7 +189,11 @@ def test_a_model_with_score_terms_is_traced_for_sessions_of_any_number_and_width
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sequence_fusion": "contextual", "attention": "bidirectional"}, {"candidate_fusion": "static"}],
+    [
+        {"sequence_fusion": "contextual", "attention": "bidirectional"},
+        {"candidate_fusion": "static"},
+        {"interest_ratio": 0.0},
+    ],
 )
 def test_other_models_are_traced_without_a_warning_too(data: Path, settings: dict[str, Any]) -> None:
     model = by_hand(**settings).eval()

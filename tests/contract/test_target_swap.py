@@ -110,13 +110,16 @@ def test_longer_sessions_train_every_position_over_the_epochs(tmp_path: Path, lo
     assert trained == set(range(19))
 
 
-def test_the_loss_of_whole_sessions_is_that_of_our_own_trainer(data: Path, loader: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("ratio", [0.5, 0.0])
+def test_the_loss_of_whole_sessions_is_that_of_our_own_trainer(
+    data: Path, loader: Callable[..., Any], ratio: float
+) -> None:
     from missrec_t4r.config import TrainConfig
     from missrec_t4r.data.batching import TrainingBatch
     from missrec_t4r.t4r import task as module
     from missrec_t4r.training.step import training_loss
 
-    settings = shop.config(attention="causal", max_sequence_length=9, dropout=0.0)
+    settings = shop.config(attention="causal", max_sequence_length=9, dropout=0.0, interest_ratio=ratio)
     model = build_model(Recipe(model=settings), shop.schema(event_features=False), shop.catalogue()).train()
     model.heads[0].body[1].refresh_steps = 0
     core = to_core(model)

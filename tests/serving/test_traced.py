@@ -21,6 +21,8 @@ SETTINGS: list[dict[str, object]] = [
     {"n_encoder_layers": 2, "n_decoder_layers": 2, "candidate_fusion": "dynamic_instance"},
     {"sequence_fusion": "contextual", "attention": "bidirectional"},
     {"missing_modality": "zero_row", "item_ids": False, "attention": "bidirectional"},
+    {"interest_ratio": 0.0},
+    {"interest_ratio": 0.0, "sequence_fusion": "contextual", "attention": "bidirectional"},
 ]
 
 

@@ -320,6 +320,7 @@ def test_files_are_read_and_a_damaged_one_is_named(before: Path, tmp_path: Path)
         {"missing_modality": "zero_row", "mask_untrained_ids": False},
         {"item_ids": False, "candidate_fusion": "static"},
         {"candidate_ids": "own"},
+        {"interest_ratio": 0.0},
     ],
 )
 def test_every_configuration_can_grow(tmp_path: Path, settings: dict[str, object]) -> None:

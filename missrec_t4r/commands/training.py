@@ -12,21 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import ConfigError
-
-_OTHER_FOLDERS: Final = {
-    "etl.json": "a data folder",
-    "catalogue.json": "a catalogue",
-    "manifest.json": "a bundle",
-    "deployment.json": "a deployment folder",
-    "shop.json": "a generated shop",
-}
-"""File of another command's folder -> its kind: that command replaces it as a whole, or refuses files of others."""
 
 
 def train(
@@ -105,10 +96,9 @@ def train(
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
     require_at_least(0, max_minutes=max_minutes)
-    if file := next((part for part in (Path(out), *Path(out).parents) if part.is_file()), None):
-        raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
-    if kind := next((kind for name, kind in _OTHER_FOLDERS.items() if (Path(out) / name).is_file()), None):
-        raise ConfigError(f"--out {out} is {kind}", "a new folder, or that of a run", "choose another --out")
+    from missrec_t4r.runs.run_cache import require_run_folder
+
+    require_run_folder(Path(out))
     if max_minutes is not None:
         if (settings or {}).get("train.max_minutes", max_minutes) != max_minutes:
             raise ConfigError("--max-minutes and another --set train.max_minutes", "one time limit", "leave one out")

@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from missrec_t4r.config import Recipe
 from missrec_t4r.config.recipe import SECTIONS
+from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, versions
@@ -21,6 +22,14 @@ from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, ver
 FINISHED_FILE = "finished.json"
 _CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
 """Subpackages whose source is part of the key: a number may depend on them."""
+_OTHER_FOLDERS: Final = {
+    "etl.json": "a data folder",
+    "catalogue.json": "a catalogue",
+    "manifest.json": "a bundle",
+    "deployment.json": "a deployment folder",
+    "shop.json": "a generated shop",
+}
+"""File of another command's folder -> its kind: that command replaces it as a whole, or refuses files of others."""
 
 
 def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
@@ -42,6 +51,20 @@ def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | No
     for content in (*map(file_digest, code), *map(data_digest, data), *(file_digest(f) for f in start if f.is_file())):
         digest.update(content.encode())
     return digest.hexdigest()
+
+
+def require_run_folder(out: Path) -> None:
+    """Refuse to write a run below a file, or among the files of another command.
+
+    Raises
+    ------
+    ConfigError
+        Says what is there.
+    """
+    if file := next((part for part in (out, *out.parents) if part.is_file()), None):
+        raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
+    if kind := next((kind for name, kind in _OTHER_FOLDERS.items() if (out / name).is_file()), None):
+        raise ConfigError(f"--out {out} is {kind}", "a new folder, or that of a run", "choose another --out")
 
 
 def lookup(out: Path, key: str) -> dict[str, Any] | None:

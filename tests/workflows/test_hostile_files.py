@@ -261,9 +261,10 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         (tmp_path / "data", "is a data folder; expected: a new folder, or that of a run"),
         (tmp_path / "data" / "catalogue", "is a catalogue"),
     ):
-        ran = CliRunner().invoke(app, [*words, str(out)])
-        assert ran.exit_code == 2, ran.exception
-        assert told in ran.stderr
+        for command in (words, ["pretrain", "--data", str(tmp_path / "data"), "--out"]):
+            ran = CliRunner().invoke(app, [*command, str(out)])
+            assert ran.exit_code == 2, ran.exception
+            assert told in ran.stderr
 
 
 def test_every_command_says_that_the_disk_is_full(tmp_path: Path) -> None:

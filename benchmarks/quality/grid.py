@@ -38,6 +38,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import yaml
+
 from benchmarks.measure import report, run_as_command
 from benchmarks.quality.bench import no_words_option, pairs, with_current_blends
 from missrec_t4r.config import Recipe
@@ -152,7 +154,13 @@ def read_jobs(file: Path, folders: Mapping[str, str], *, device: str = "auto", o
     ConfigError
         A key, setting or split that is unknown, a name twice, or nothing that is left to train.
     """
-    content = parse_yaml(file.read_text(encoding="utf-8"))
+    try:
+        content = parse_yaml(file.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be read ({reason})", "a YAML file with runs:") from error
+    if not isinstance(content, Mapping) or not content.get("runs"):
+        raise ConfigError(f"{file} has no runs", "a YAML file with runs:", "benchmarks/quality/grid_gpu.yaml is one")
     refuse_unknown(content, ["evaluate", "runs"], str(file))
     evaluate = list(content.get("evaluate", SPLITS))
     refuse_unknown(evaluate, list(SPLITS), f"{file}: evaluate")

@@ -145,6 +145,13 @@ def test_a_wrong_settings_file_is_refused_before_anything_trains(
         _jobs(tmp_path, data, run)
 
 
+@pytest.mark.parametrize(("text", "words"), [("runs: [", "cannot be read"), ("evaluate: [test]", "has no runs")])
+def test_a_settings_file_without_runs_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_jobs(tmp_path / "mine.yaml", {})
+
+
 @pytest.mark.parametrize(
     ("file", "names"),
     [

@@ -40,6 +40,23 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> No
             raise ConfigError(f"unknown setting {where}.{name}", f"one of {', '.join(known)}", cure)
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in which settings two recipes, as mappings, differ.
+
+    Examples
+    --------
+    >>> changed_settings({"name": "a", "train": {"epochs": 3}}, {"name": "b", "train": {"epochs": 5}})
+    ['train.epochs 3 -> 5']
+    """
+    return [
+        f"{section}.{name} {old} -> {value}"
+        for section, settings in now.items()
+        if isinstance(settings, Mapping)
+        for name, value in settings.items()
+        if (old := before.get(section, {}).get(name)) != value
+    ]
+
+
 def type_errors(config: type[Any], values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the types of these settings, one sentence each."""
     hints = get_type_hints(config)

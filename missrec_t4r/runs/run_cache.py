@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.config.recipe import SECTIONS
+from missrec_t4r.config.checks import changed_settings
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
@@ -79,13 +79,7 @@ def lookup(out: Path, key: str) -> dict[str, Any] | None:
 
 def differences(out: Path, recipe: Recipe) -> list[str]:
     """Return in which settings a finished run differs from a recipe, such as ``train.epochs 3 -> 5``."""
-    stored, asked = Recipe.from_stored(read_json(out / RECIPE_FILE)).to_dict(), recipe.to_dict()
-    return [
-        f"{section}.{name} {stored[section][name]} -> {value}"
-        for section in SECTIONS
-        for name, value in asked[section].items()
-        if stored[section][name] != value
-    ]
+    return changed_settings(Recipe.from_stored(read_json(out / RECIPE_FILE)).to_dict(), recipe.to_dict())
 
 
 def store(out: Path, key: str, result: Mapping[str, Any]) -> None:

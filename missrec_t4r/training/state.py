@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from missrec_t4r.config.checks import changed_settings
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
@@ -87,13 +88,7 @@ def _changes(stored: str, own: str) -> str:
     """Return in what two fingerprints differ, such as ``train.epochs 3 -> 2``."""
     before, now = json.loads(stored), json.loads(own)
     try:
-        changes = [
-            f"{section}.{name} {before[0][section].get(name)} -> {value}"
-            for section, settings in now[0].items()
-            if section != "name"
-            for name, value in settings.items()
-            if before[0][section].get(name) != value
-        ]
+        changes = changed_settings(before[0], now[0])
     except (KeyError, TypeError, IndexError, AttributeError):
         return "it is of another version"
     if before[1:] != now[1:]:

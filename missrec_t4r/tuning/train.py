@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.config.checks import require_at_least, require_positive
+from missrec_t4r.config.checks import changed_settings, require_at_least, require_positive
 from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.atomic import atomic_write_file, is_running
@@ -329,10 +329,5 @@ def _ended(trial: optuna.trial.FrozenTrial) -> str:
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Return what a search was made from otherwise: settings by their names, such as ``train.epochs 3 -> 5``."""
     other = [name for name in given if given[name] != stored.get(name)]
-    settings = [
-        f"{section}.{name} {old} -> {values[name]}"
-        for section, values in given["recipe"].items()
-        for name, old in stored.get("recipe", {}).get(section, {}).items()
-        if name in values and values[name] != old
-    ]
+    settings = changed_settings(stored.get("recipe", {}), given["recipe"])
     return [f"recipe ({', '.join(settings)})" if name == "recipe" and settings else name for name in other]

@@ -178,7 +178,9 @@ def _without_folder(word: str) -> str:
 
 
 def _commit() -> str:
-    completed = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        completed = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:  # there is no git, as in the images
+        return "unknown"
     return completed.stdout.strip() or "unknown"

@@ -17,6 +17,7 @@ import torch
 from benchmarks import gpu_check
 from benchmarks.gpu_check import ALL, lines_that_wait, main
 from benchmarks.gpu_etl import Record
+from benchmarks.measure import write_result
 from missrec_t4r.training import step as training_step
 from tests.device.test_waiting import _trainer
 
@@ -86,6 +87,12 @@ def test_where_torch_finds_no_gpu_the_parts_say_why_and_do_not_fill_the_memory_o
     assert [one.partition(":")[0] for one in found["failed"]] == ["rank", "serve"]
     assert f"rank: torch {torch.__version__}, built for" in found["failed"][0]
     assert "finds no GPU (nvidia-smi shows driver 550.54)" in capsys.readouterr().out
+
+
+def test_the_result_is_written_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the image of ETL and training: the check would end before its first part."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert json.loads(write_result("gpu-check", {}, tmp_path).read_text())["commit"] == "unknown"
 
 
 def test_the_table_says_what_a_figure_is_compared_with_and_what_is_wrong() -> None:

@@ -16,6 +16,7 @@ from merlin.schema import Schema, Tags
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.dataframe import adapter_of
 from missrec_t4r.schema import NULL_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, is_list
 
@@ -60,7 +61,8 @@ def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:
     if hasattr(paths_or_dataset, "to_ddf"):
         with dask.config.set({"dataframe.convert-string": False}):  # dask would turn the lists into text
             frame = paths_or_dataset.to_ddf()[list(names)].compute()
-        return pa.Table.from_pandas(frame, preserve_index=False)
+        adapter = adapter_of(frame)  # Merlin reads with cuDF where it is installed
+        return pa.table({name: adapter.to_arrow(frame[name]) for name in names})
     if paths_or_dataset is None:
         raise DataError(
             "the Trainer has no sessions to read",

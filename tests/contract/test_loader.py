@@ -14,6 +14,7 @@ import missrec_t4r.t4r as mr
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.t4r import PrefixLoader
 from tests.contract import shop
+from tests.workflows import strict_cudf
 
 
 def test_t4rs_loader_keeps_the_first_items_of_a_long_session(data: Path, loader: Callable[..., Any]) -> None:
@@ -117,13 +118,30 @@ def test_loader_needs_the_models_length(data: Path) -> None:
         PrefixLoader.from_schema(shop.schema(), data / "train", 4, None)
 
 
+class OnGpu:
+    """A data set of Merlin where cuDF is installed: a collection of its frames."""
+
+    def __init__(self, file: Path) -> None:
+        self.frame = strict_cudf.DataFrame.from_arrow(pq.read_table(file).replace_schema_metadata())
+
+    def to_ddf(self) -> OnGpu:
+        return self
+
+    def __getitem__(self, names: list[str]) -> OnGpu:
+        return self
+
+    def compute(self) -> strict_cudf.DataFrame:
+        return self.frame
+
+
 def test_loader_takes_a_merlin_dataset(data: Path) -> None:
     from merlin.io import Dataset
 
-    path = str(data / "valid" / "part_0.parquet")
-    sources = (path, Dataset(path, schema=shop.schema()))
+    file = data / "valid" / "part_0.parquet"
+    sources = (file, Dataset(str(file), schema=shop.schema()), OnGpu(file))
     loaders = [
         PrefixLoader.from_schema(shop.schema(), source, 16, shop.MAX_LENGTH, shuffle=False) for source in sources
     ]
-    for (one, _), (other, _) in zip(*loaders, strict=True):
-        assert {name: values.tolist() for name, values in one.items()} == {k: v.tolist() for k, v in other.items()}
+    for batches in zip(*loaders, strict=True):
+        expected, *others = ({name: values.tolist() for name, values in batch.items()} for batch, _ in batches)
+        assert others == [expected, expected]

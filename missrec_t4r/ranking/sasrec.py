@@ -115,7 +115,8 @@ def tuned_sasrec(train: Sessions, valid: Sessions, catalogue: Catalogue, *, seed
     train = train.known()
     train = train.take(np.flatnonzero(train.lengths >= 2))
     best: dict[str, Tuned] = {}
-    with torch.random.fork_rng():  # what is trained or drawn after it does not depend on it
+    own_gpu = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(own_gpu):  # what is trained or drawn after it does not depend on it
         for dropout in DROPOUTS:
             torch.manual_seed(seed)
             length = int(np.clip(train.lengths.max(initial=1), 1, LONGEST))

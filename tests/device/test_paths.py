@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from missrec_t4r.commands.training import train
+from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.export.export import export
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking import sasrec
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.retrieval import topk
@@ -21,6 +25,7 @@ from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.evaluate import evaluate_sessions
 from missrec_t4r.runs.run_folder import load_run, load_tensors, save_run
+from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.serving.batch.export_vectors import session_vectors
 from missrec_t4r.serving.batch.similar import similar
 from missrec_t4r.serving.client.client import MISSRecClient
@@ -102,6 +107,21 @@ def test_pretraining_transfer_and_continuation(data: Path, tmp_path: Path) -> No
         train(data, tmp_path / "run", start_from=tmp_path / "pre", recipe="pretrain", settings=settings, device="cuda")
         result = train(data, tmp_path / "next", warm_start=tmp_path / "run", settings=SMALL, device="cuda")
     assert np.isfinite(result["valid_ndcg@10"])
+
+
+def test_the_neural_baseline_uses_one_gpu_of_several(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And draws what a CPU does; torch would save the random numbers of all GPUs, and warn of it."""
+    monkeypatch.setattr(sasrec, "EPOCHS", 1)
+    train, valid = (load_sessions(data, split, []) for split in ("train", "valid"))
+    sessions = train.known(), valid.with_known_target(), Catalogue.load(data / CATALOGUE_FOLDER)
+    expected = sasrec.tuned_sasrec(*sessions)
+    with second_device(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        found = sasrec.tuned_sasrec(*sessions)
+        assert {best.scorer.model.items.weight.device.type for best in found.values()} == {"cuda"}  # type: ignore[attr-defined]
+    for protocol, best in expected.items():
+        assert found[protocol].criterion == pytest.approx(best.criterion, abs=1e-6)
 
 
 @pytest.fixture(scope="module")

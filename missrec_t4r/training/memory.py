@@ -18,6 +18,10 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 """Files in which a container finds its limit, of versions 2 and 1."""
 
 
+class TooLargeError(ConfigError):
+    """A training that a GPU has no memory for."""
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of a GPU, or those that this process may use on a CPU: the machine's or the container's limit.
 
@@ -42,11 +46,11 @@ def peak_memory(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def translate_out_of_memory() -> Iterator[None]:
-    """Raise `ConfigError` where a GPU has no memory left, and free what failed steps held of it.
+    """Raise `TooLargeError` where a GPU has no memory left, and free what failed steps held of it.
 
     Raises
     ------
-    ConfigError
+    TooLargeError
         Says how much was asked for, and which settings need less.
     """
     try:
@@ -54,7 +58,7 @@ def translate_out_of_memory() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         clear_frames(error.__traceback__)
         message = str(error).strip().splitlines() or ["no memory left"]
-        raise ConfigError(
+        raise TooLargeError(
             f"a training that does not fit into the GPU's memory ({message[0][:300]})",
             "smaller steps, or a GPU that no other process uses",
             "double train.accumulate, which keeps the batch, halve train.batch_size, or set train.softmax=chunked; "

@@ -19,7 +19,8 @@ class Tried(NamedTuple):
 
     number: int
     ended: str
-    """By what: ``epochs``, ``patience``, ``max_minutes``, ``interrupt``, ``pruned`` or ``killed``; else ``running``."""
+    """By what: ``epochs``, ``patience``, ``max_minutes``, ``interrupt``, ``pruned``, ``refused`` (no room on the GPU)
+    or ``killed``; else ``running``."""
     epochs: Sequence[float]
     """Validation NDCG@10 after every epoch."""
     changes: Mapping[str, Any]

@@ -31,6 +31,7 @@ from missrec_t4r.io.lock import locked
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.fit import TrainingData, read_training_data
+from missrec_t4r.training.memory import TooLargeError, translate_out_of_memory
 from missrec_t4r.training.trainer import INTERRUPT, Trainer
 from missrec_t4r.tuning.page import Tried, page
 from missrec_t4r.tuning.space import Space, space_around, values_of
@@ -187,7 +188,7 @@ class _Search:
         return "minutes"
 
     def _try(self, seconds: float) -> str | None:
-        """Train what a trial draws; return what ended it, None for settings that do not fit together."""
+        """Train what a trial draws; return what ended it, None for settings that do not fit together or into a GPU."""
         from optuna.trial import TrialState
 
         trial = self.study.ask()
@@ -196,15 +197,19 @@ class _Search:
         limit = min(seconds / 60, self.base.train.max_minutes or math.inf)
         try:
             recipe = self.base.changed({**drawn, "train.max_minutes": 0.0 if math.isinf(limit) else limit})
-            trainer = _Trial(recipe, *self.read[:3], self.out, self.device, None, self.read.event_features)
+            with translate_out_of_memory():
+                trainer = _Trial(recipe, *self.read[:3], self.out, self.device, None, self.read.event_features)
         except ConfigError as error:
-            log.warning(f"trial {trial.number} is refused: {error}")
-            self.study.tell(trial, state=TrialState.FAIL)
+            self._refuse(trial, error)
             return None
         trainer.trial = trial
         log.info(f"trial {trial.number}: {_listed(self._changes(trial)) or 'the recipe itself'}")
         try:
-            stopped_by = trainer.fit()
+            with translate_out_of_memory():
+                stopped_by = trainer.fit()
+        except TooLargeError as error:
+            self._refuse(trial, error)
+            return None
         except KeyboardInterrupt:  # the second Ctrl-C
             trial.set_user_attr(_ENDED, INTERRUPT)
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -219,6 +224,14 @@ class _Search:
         words = "none" if leader is None else f"{_value(leader):.4f} (trial {leader.number})"
         log.info(f"trial {trial.number} ended ({stopped_by}): valid ndcg@10 {best:.4f}; best {words}")
         return stopped_by
+
+    def _refuse(self, trial: optuna.Trial, error: ConfigError) -> None:
+        """Give up a trial whose settings do not fit together, or not into the GPU."""
+        from optuna.trial import TrialState
+
+        log.warning(f"trial {trial.number} is refused: {error}")
+        trial.set_user_attr(_ENDED, "refused")
+        self.study.tell(trial, state=TrialState.FAIL)
 
     def best(self) -> optuna.trial.FrozenTrial | None:
         """Return the trial with the best validation epoch, whether it ran to its end or not."""
@@ -321,9 +334,9 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def _ended(trial: optuna.trial.FrozenTrial) -> str:
-    """Return what ended a trial, as `stopped_by` of a run says it; of a failed one with epochs, that it was killed."""
+    """Return what ended a trial, as `stopped_by` of a run says it; a failed one without a note was killed."""
     state: str = trial.state.name.lower()
-    return "killed" if state == "fail" else trial.user_attrs.get(_ENDED, state)
+    return trial.user_attrs.get(_ENDED, "killed" if state == "fail" else state)
 
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from missrec_t4r import commands
 from missrec_t4r.cli.app import app
 from missrec_t4r.config import Recipe
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.training.trainer import Trainer
 from missrec_t4r.tuning.space import DEFAULT, space_around
 from missrec_t4r.tuning.train import STUDY_FILE, tune_train
 from tests import processes, shop
@@ -129,6 +131,32 @@ def test_a_bad_trial_is_pruned(data: Path) -> None:
     assert {len(trial.intermediate_values) for trial in good} == {12}
     assert len(bad.intermediate_values) < 12
     assert found["best_trial"] != bad.number
+
+
+@needs_optuna
+def test_a_trial_that_does_not_fit_into_a_gpu_is_refused_and_the_search_goes_on(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import optuna
+
+    (data.parent / "space.yaml").write_text(yaml.safe_dump({"train.batch_size": [32, 64, 128]}))
+    settings = {name: value for name, value in SMALL.items() if name != "train.batch_size"} | {"train.epochs": 2}
+    search(data, trials=1, settings=settings)
+    study = optuna.load_study(study_name="train", storage=f"sqlite:///{data.parent / 'search' / STUDY_FILE}")
+    for size in (128, 32):
+        study.enqueue_trial({"train.batch_size": size})
+    take = Trainer._step
+
+    def step(trainer: Trainer, *given: Any) -> Any:
+        if trainer.recipe.train.batch_size == 128 and trainer.status["epoch"] == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return take(trainer, *given)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    found = search(data, trials=2, settings=settings)
+    assert found["trials"] == {"complete": 2, "fail": 1}
+    assert "trial 1 is refused: a training that does not fit into the GPU's memory" in caplog.text
+    assert "<td>refused</td>" in Path(found["page"]).read_text()
 
 
 @needs_optuna

@@ -10,9 +10,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from merlin.core.dispatch import HAS_GPU
 
 from missrec_t4r.etl.dataframe import PandasFrames
+from missrec_t4r.etl.gpu.device import obstacle
+
+HAS_CUDF = obstacle() is None
+"""Whether there are cuDF and a GPU that it sees."""
 
 
 def to_cudf(frame: pd.DataFrame) -> Any:
@@ -26,7 +29,7 @@ FRAMES = [
     pytest.param(
         to_cudf,
         id="cudf",
-        marks=pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device"),
+        marks=pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device"),
     ),
 ]
 

@@ -15,7 +15,7 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import pipeline
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.pipeline import etl
-from tests.workflows.frame_kinds import PandasFiles
+from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles
 from tests.workflows.tables import EVENTS, ITEMS, write
 from tests.workflows.test_scale import OPTIONS, same_folder, shop, table
 
@@ -55,7 +55,7 @@ MORE: list[dict[str, Any]] = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device")
+@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
 @pytest.mark.parametrize("number", range(len(OPTIONS + MORE)))
 def test_the_folder_is_the_cpus_on_a_gpu(tmp_path: Path, number: int) -> None:
     assert_same(tmp_path, write(tmp_path / "raw", shop(number)), **(OPTIONS + MORE)[number])
@@ -130,6 +130,7 @@ def test_a_workflow_file_runs_there_too(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         pytest.skip("a GPU is at hand")
+    monkeypatch.setattr(gpu, "has_cudf", lambda: False)
     with pytest.raises(
         ConfigError, match="cuDF is not installed; expected: cuDF 24.12 and a GPU.*requirements/gpu.txt"
     ):

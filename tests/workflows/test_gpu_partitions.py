@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import LocalCluster
-from merlin.core.dispatch import HAS_GPU
 from nvtabular.ops import categorify
 
 from missrec_t4r.errors import ConfigError, DataError
@@ -33,7 +32,7 @@ from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.task import Task
 from tests.workflows import strict_cudf
-from tests.workflows.frame_kinds import PandasFiles
+from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles
 from tests.workflows.tables import write
 from tests.workflows.test_cluster import cluster
 from tests.workflows.test_gpu_engine import MORE, compare
@@ -360,7 +359,7 @@ def test_a_cluster_stops_at_the_first_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    if HAS_GPU:
+    if HAS_CUDF:
         return
     for name, module in strict_cudf.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -448,7 +447,7 @@ def pool() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("pool")
-@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device")
+@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
 def test_more_events_than_a_pool_of_2_gib_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from benchmarks.speed.etl import generate, sessions_of
 
@@ -462,7 +461,7 @@ def test_more_events_than_a_pool_of_2_gib_holds(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device")
+@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
 @pytest.mark.parametrize(
     ("number", "scheduler"), [(2, "processes"), *((number, "threads") for number in range(len(OPTIONS + MORE)))]
 )

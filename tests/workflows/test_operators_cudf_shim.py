@@ -12,10 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from merlin.core.dispatch import HAS_GPU
 
 from missrec_t4r.etl.dataframe import CudfFrames
+from missrec_t4r.etl.installed import has_cudf
 from missrec_t4r.etl.nvt import cudf_compat as cudf_shim
+from tests.workflows.frame_kinds import HAS_CUDF
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, ModuleType]:
@@ -29,7 +30,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Module
 
 
 def test_without_cudf_nothing_is_touched() -> None:
-    if HAS_GPU:
+    if has_cudf():
         pytest.skip("cuDF is at hand")
     assert cudf_shim.apply() == []
     assert "cudf" not in sys.modules
@@ -152,7 +153,7 @@ else:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs cuDF and a CUDA device")
+@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
 def test_merlin_imports_on_rapids() -> None:
     import cudf
 

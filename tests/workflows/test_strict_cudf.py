@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from merlin.core.dispatch import HAS_GPU
 from nvtabular.ops.operator import ColumnSelector
 
 from missrec_t4r.etl import inputs
@@ -29,7 +28,7 @@ from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.splits import default_boundaries
 from missrec_t4r.etl.task import Run
 from tests.workflows import strict_cudf
-from tests.workflows.frame_kinds import PandasFiles
+from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles
 from tests.workflows.tables import write as write_tables
 from tests.workflows.test_scale import shop, table
 
@@ -39,7 +38,7 @@ AGGS = {"item": ["list", "first", "last", "count"], "note": ["list", "count"], "
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    if HAS_GPU:
+    if HAS_CUDF:
         return
     for name, module in strict_cudf.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -224,7 +223,7 @@ def test_the_guide_lists_every_name_of_the_stand_in() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("cudf") is None, reason="needs cuDF; no GPU")
 def test_the_stand_in_has_cudfs_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in strict_cudf.modules() if not HAS_GPU else ():
+    for name in strict_cudf.modules() if not HAS_CUDF else ():
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("RAPIDS_NO_INITIALIZE", "1")  # cuDF imports without a device then
     import cudf

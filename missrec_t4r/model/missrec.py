@@ -13,6 +13,8 @@ kept on ``self`` between calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -171,10 +173,19 @@ class MISSRec(nn.Module):
         scores = self.terms(self.fusion(session, candidates), item_ids)
         return scores.index_fill_(1, self.untrained if self.training else self.excluded, -torch.inf)
 
-    @torch.no_grad()
     def discover_interests(self, seed: int) -> None:
         """Cluster the catalogue's modality embeddings under the current adapters."""
-        was_training = self.training
-        self.eval()
-        self.interests.discover(self.item_encoder.catalogue(), seed)
-        self.train(was_training)
+        with evaluating(self):
+            self.interests.discover(self.item_encoder.catalogue(), seed)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Use a model in evaluation mode and without gradients; it keeps its mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

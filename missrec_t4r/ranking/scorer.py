@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, PROTOCOLS, Scorer
-from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.missrec import MISSRec, evaluating
 from missrec_t4r.model.score_terms import ScoreTerms
 from missrec_t4r.ranking.baselines import Popularity
 
@@ -47,7 +46,7 @@ class ModelScorer:
     def __init__(self, model: MISSRec, fallback: Scorer) -> None:
         self.model, self.fallback = model, fallback
         self.device = next(model.parameters()).device
-        with _evaluating(model):
+        with evaluating(model):
             self.candidates = model.candidates()
 
     @classmethod
@@ -72,7 +71,7 @@ class ModelScorer:
             name: torch.from_numpy(values).to(self.device)
             for name, values in histories.padded_features(everyone, length).items()
         }
-        with _evaluating(self.model):
+        with evaluating(self.model):
             network = self.model.fusion(self.model(item_ids, event_features), self.candidates)
         empty = torch.from_numpy(histories.lengths == 0).to(self.device)
         return Parts(item_ids, network, self.fallback(histories).to(network) if empty.any() else None, empty)
@@ -91,7 +90,7 @@ class ModelScorer:
         """
         own = parts.network.clone() if network else torch.zeros_like(parts.network)  # terms may write in place
         excluded = self.model.excluded
-        with _evaluating(terms):
+        with evaluating(terms):
             scores = terms(own, parts.item_ids).index_fill_(1, excluded, -torch.inf)
         if parts.popular is None:
             return scores
@@ -105,14 +104,3 @@ def protocols_as_it_is(model: MISSRec) -> Sequence[str]:
     """
     has_terms = next(model.terms.in_use(training=False), None) is not None
     return (EXCLUDED, KEPT_WITH_HISTORY_TERM) if has_terms else PROTOCOLS
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

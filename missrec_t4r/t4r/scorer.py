@@ -13,6 +13,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, SchemaError
 from missrec_t4r.evaluation.full_ranking import PROTOCOLS
+from missrec_t4r.model.missrec import evaluating
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.scorer import protocols_as_it_is
 from missrec_t4r.schema import FIRST_ITEM_ROW
@@ -79,13 +80,8 @@ class T4RScorer:
                 "the columns that the model reads",
                 "load the sessions with these event features",
             )
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                scores: Tensor = self.model(batch).float()
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model):
+            scores: Tensor = self.model(batch).float()
         if scores.shape != (len(histories), self.catalogue.n_rows):
             raise SchemaError(
                 f"scores of shape {tuple(scores.shape)}",

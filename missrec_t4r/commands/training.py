@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from missrec_t4r.config import Recipe
-from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.config.recipe import AUTO
 from missrec_t4r.errors import ConfigError
 
@@ -85,8 +85,7 @@ def train(
     ConfigError
         An unknown trainer, or options that contradict each other.
     """
-    if trainer not in ("native", "t4r"):
-        raise ConfigError(f"--trainer {trainer!r}", "native or t4r")
+    require_choices(trainer=(trainer, ("native", "t4r")))
     if start_from and warm_start:
         raise ConfigError("both --from and --warm-start", "one run to start from")
     if (start_from or warm_start) and trainer == "t4r":

@@ -18,7 +18,7 @@ from missrec_t4r.comparison.examples import examples, outcomes, shown_ids
 from missrec_t4r.comparison.page import page
 from missrec_t4r.comparison.systems import OF_A_RUN, System, named, runs_of
 from missrec_t4r.comparison.verdict import decide, explanation, measures_of, sentence
-from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.features.thumbnails import thumbnails
@@ -171,8 +171,7 @@ def compare(
 
 def _checked_candidate(systems: Sequence[System], candidate: str | None, split: str, protocols: Sequence[str]) -> str:
     """Return the candidate's name."""
-    if split not in EVALUATED_SPLITS:
-        raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
+    require_choices(split=(split, EVALUATED_SPLITS))
     if unknown := sorted(set(protocols) - set(PROTOCOLS)):
         raise ConfigError(f"the protocol {unknown[0]!r}", f"some of {', '.join(PROTOCOLS)}", "check --protocols")
     if len(systems) < 2 or not protocols:

@@ -25,6 +25,7 @@ from missrec_t4r.comparison.page import (
     wide_section,
     with_interval,
 )
+from missrec_t4r.config.checks import require_choices
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.features.thumbnails import thumbnails
@@ -101,8 +102,7 @@ def run_page(
         The run or the data folder is missing, incomplete, or does not fit.
     """
     run, file = Path(run), Path(out or Path(run) / PAGE_FILE)
-    if split not in EVALUATED_SPLITS:
-        raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
+    require_choices(split=(split, EVALUATED_SPLITS))
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder", "the HTML file to write", f"give --out {file / PAGE_FILE}")
     info, measured = read_info(run), _evaluation(run, split)

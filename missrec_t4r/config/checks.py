@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from missrec_t4r.errors import ConfigError
@@ -136,6 +136,23 @@ def require_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}", "a positive number")
+
+
+def require_choices(**options: tuple[str, Collection[str]]) -> None:
+    """Refuse a value, the first of each pair, that is none of its choices.
+
+    Raises
+    ------
+    ConfigError
+
+    Examples
+    --------
+    >>> require_choices(split=("test", ("valid", "test")))
+    """
+    for name, (value, choices) in options.items():
+        if value not in choices:
+            *others, last = choices
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r}", f"{', '.join(others)} or {last}")
 
 
 def _type_error(name: str, value: Any, hint: Any) -> str:

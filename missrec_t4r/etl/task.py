@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from missrec_t4r.config.checks import require_choices
 from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.event_settings import EventSettings, parse_seconds, parse_time, parse_time_features, parse_weights
@@ -133,10 +134,7 @@ def make_task(options: Mapping[str, Any]) -> Task:
 
 
 def _check_settings(options: Mapping[str, Any]) -> None:
-    for name, choices in _CHOICES.items():
-        if options[name] not in choices:
-            found, known = f"{name.replace('_', ' ')} {options[name]!r}", f"{', '.join(choices[:-1])} or {choices[-1]}"
-            raise ConfigError(found, known, f"choose one with --{name.replace('_', '-')}")
+    require_choices(**{name: (options[name], choices) for name, choices in _CHOICES.items()})
     split, valid_from, test_from = (options[name] for name in ("split", "valid_from", "test_from"))
     if (valid_from is None) != (test_from is None):
         raise ConfigError(

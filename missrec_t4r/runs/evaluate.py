@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.arrays import Bools, Ints
+from missrec_t4r.config.checks import require_choices
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
@@ -110,8 +111,7 @@ def evaluate(
     MISSRecError
         The run or the data folder is missing, incomplete, or does not fit.
     """
-    if split not in EVALUATED_SPLITS:
-        raise ConfigError(f"--split {split}", f"one of {', '.join(EVALUATED_SPLITS)}")
+    require_choices(split=(split, EVALUATED_SPLITS))
     names = [] if alone else checked_baselines(baselines)
     started = time.perf_counter()
     loaded = load_run(run, data)

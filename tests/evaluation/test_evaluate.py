@@ -198,7 +198,7 @@ def test_a_table_without_baselines(run: Path) -> None:
 
 
 def test_bad_input_is_an_error_with_expectation_and_cure(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--split train; expected: one of valid, test"):
+    with pytest.raises(ConfigError, match="--split 'train'; expected: valid or test"):
         evaluate(run, split="train")
     with pytest.raises(MISSRecError, match=r"nowhere holds no run\.json"):
         evaluate(tmp_path / "nowhere")

@@ -191,7 +191,7 @@ def test_unfit_runs_and_options_are_errors_with_their_cure(
             recipe="pretrain",
             settings=SMALL,
         )
-    with pytest.raises(ConfigError, match="--freeze everything.*encoder_decoder"):
+    with pytest.raises(ConfigError, match="--freeze 'everything'.*encoder_decoder"):
         train(tools, out, start_from=pretrained, freeze="everything", recipe="pretrain", settings=SMALL)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="a finished run"):
         train(tools, out, start_from=tmp_path / "nowhere", recipe="pretrain", settings=SMALL)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from merlin.schema import Schema, Tags
 
-from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table, outputs, splits
 from missrec_t4r.etl.inputs import name_item_column, with_normal_ids
@@ -103,8 +103,7 @@ def adopt(
     files = item_table.modality_files(modality, fingerprint)
     split_files = {name: paths for name, paths in zip(SPLITS, (train, valid, test), strict=True) if paths}
     require_at_least(1, max_sequence_length=max_sequence_length)
-    if new_items not in ("append", "drop"):
-        raise ConfigError(f"--new-items {new_items!r}", "append or drop")
+    require_choices(new_items=(new_items, ("append", "drop")))
     if not (sessions or split_files) or (files and items is None):
         raise ConfigError("no sessions, or vectors without an item table", "--sessions or --train, --valid and --test")
     if sessions and split_files:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from missrec_t4r.bundle.bundle import bundle_or_run
 from missrec_t4r.bundle.id_encoder import RawId
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, MODEL_FILE
-from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.io.key_names import read_with_current_keys
@@ -110,8 +110,7 @@ def score(
         The sessions cannot be read.
     """
     require_at_least(1, top_k=top_k, threads=threads)
-    if layout not in LAYOUTS:
-        raise ConfigError(f"--layout {layout!r}", " or ".join(LAYOUTS))
+    require_choices(layout=(layout, LAYOUTS))
     if (sessions is None) == (data is None):
         found = "neither --sessions nor --data" if data is None else "both --sessions and --data"
         raise ConfigError(found, "one of the two", "give --sessions FILE, or --data FOLDER")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from missrec_t4r.arrays import Floats, Ints
 from missrec_t4r.bundle.bundle import LoadedBundle, bundle_or_run, load_bundle
-from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
@@ -79,8 +79,8 @@ def similar(
     DataError
         An item is not in the catalogue.
     """
-    _require_method(by, top_k)
-    require_at_least(1, threads=threads)
+    require_choices(by=(by, METHODS))
+    require_at_least(1, top_k=top_k, threads=threads)
     if items is None and out is None:
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
@@ -120,7 +120,8 @@ class SimilarItems:
         DataError, ConfigError
             An item is not in the catalogue, or there is no such method.
         """
-        _require_method(by, top_k)
+        require_choices(by=(by, METHODS))
+        require_at_least(1, top_k=top_k)
         catalogue = self.loaded.catalogue
         rows = _rows_of(items, catalogue)
         by_item: dict[str, list[dict[str, Any]]] = {str(item): [] for item in catalogue.ids_of(rows)}
@@ -149,12 +150,6 @@ class SimilarItems:
                     "score": pa.array(scores[item, rank], pa.float32()),
                 }
             )
-
-
-def _require_method(by: str, top_k: int) -> None:
-    if by not in METHODS:
-        raise ConfigError(f"--by {by!r}", " or ".join(METHODS))
-    require_at_least(1, top_k=top_k)
 
 
 def content_similarity(candidates: CandidateEmbeddings, rows: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
-from missrec_t4r.config.checks import require_at_least, require_positive
-from missrec_t4r.errors import ConfigError, ServingError, UnavailableError
+from missrec_t4r.config.checks import require_at_least, require_choices, require_positive
+from missrec_t4r.errors import ServingError, UnavailableError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.http_server import HttpServer, Response, read_body
@@ -120,8 +120,7 @@ def shadow(
     ServingError
         A server answers, and has no such model. One that does not answer is warned of: it may start later.
     """
-    if protocol not in PORTS:
-        raise ConfigError(f"--protocol {protocol!r}", " or ".join(PORTS))
+    require_choices(protocol=(protocol, PORTS))
     require_at_least(0, port=port)
     require_positive(seconds=seconds)
     from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from missrec_t4r.config import Recipe
+from missrec_t4r.config.checks import require_choices
 from missrec_t4r.config.training import IdInit
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, encoded_values
 from missrec_t4r.data.union import match_modalities
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.model.clustering import nearest_of_all
-from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.model.missrec import MISSRec, evaluating
 from missrec_t4r.runs.run_folder import VOCABULARY_FILE, data_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID
 from missrec_t4r.training.warm_start.id_init import ids_from_content
@@ -38,7 +39,6 @@ from missrec_t4r.training.warm_start.transfer import (
     frozen_parts,
     log_start,
     read_source,
-    require_choices,
     require_same,
 )
 
@@ -77,7 +77,7 @@ def nightly_start(
     """
     if Path(out).resolve() == Path(earlier_run).resolve():
         raise ConfigError(f"--out {out} is the run to start from", "a new folder, since the old run is read")
-    require_choices(freeze=(freeze, Freeze))
+    require_choices(freeze=(freeze, get_args(Freeze)))
     source = read_source(earlier_run)
     if "pretraining" in source.info:
         raise CheckpointError(f"{earlier_run} is a pre-training run", "a run on this shop", f"use --from {earlier_run}")
@@ -249,9 +249,8 @@ def _copy_interests(model: MISSRec, source: Source, old_rows: Tensor, matched: M
     The number of interests follows the size of the catalogue. Additional centroids are the embeddings farthest from
     all others'; of too many, those with most members stay.
     """
-    was_training = model.training
-    items = model.eval().item_encoder.catalogue()  # [modality, row, dim]
-    model.train(was_training)
+    with evaluating(model):
+        items = model.item_encoder.catalogue()  # [modality, row, dim]
     centroids, their_names = source.weights["interests.centroids"][1:], list(source.fingerprints)
     assignment = torch.zeros_like(model.interests.assignment)  # [modality, row], 0: none
     is_kept = old_rows >= 0

@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from missrec_t4r.config import MISSRecConfig, Recipe
+from missrec_t4r.config.checks import require_choices
 from missrec_t4r.config.training import IdInit
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.union import match_modalities, require_fingerprints
-from missrec_t4r.errors import CheckpointError, ConfigError
+from missrec_t4r.errors import CheckpointError
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.runs.run_folder import RECIPE_FILE, WEIGHTS_FILE, data_folder, encoders_of, load_tensors, read_info
@@ -106,7 +107,7 @@ def transfer_start(
         An unknown choice, or parts to freeze that are not loaded.
     """
     frozen = freeze or ("encoder_decoder" if take == "all" else "none")
-    require_choices(freeze=(frozen, Freeze), take=(take, Take))
+    require_choices(freeze=(frozen, get_args(Freeze)), take=(take, get_args(Take)))
     source_run = read_source(source)
     same = (*SIZES, *SEMANTICS) if take == "all" else ("d_model",)
     require_same(recipe.model, source_run.recipe.model, source_run.run, same)
@@ -173,13 +174,6 @@ def load_pretrained(
     report.record_initialised("interests", "discovered in this catalogue", "interests.")
     report.record_initialised("event features", "of this data's events", "event_features.")
     return report.finish(frozen_parts(freeze, matched))
-
-
-def require_choices(**options: tuple[str, Any]) -> None:
-    """Raise an error for an option whose value, the first of the pair, is none of the literal's."""
-    for option, (value, literal) in options.items():
-        if value not in get_args(literal):
-            raise ConfigError(f"--{option} {value}", f"one of {', '.join(get_args(literal))}")
 
 
 def require_same(

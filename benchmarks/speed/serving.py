@@ -34,8 +34,8 @@ from benchmarks.speed.serving_shop import bundle_of
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.bundle.manifest import ITEMS_FILE, verify_bundle
 from missrec_t4r.progress import track
-from missrec_t4r.serving.client.transports import TritonTransport
-from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message, percentiles, response_times
+from missrec_t4r.serving.client.transports import Arrays, TritonTransport
+from missrec_t4r.serving.load import answers_per_second, latency, message, percentiles, response_times
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.repository import write_repository
 

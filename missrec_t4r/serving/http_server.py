@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 from missrec_t4r.errors import MISSRecError, ServingError
 from missrec_t4r.serving.triton.ports import LOOPBACK
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 Response = tuple[int, Mapping[str, str], bytes]
 """Status, headers without the length, and body."""
 Respond = Callable[[BaseHTTPRequestHandler], Response]
+ServerT = TypeVar("ServerT", bound="HttpServer")
 
 
 class TooLongError(ServingError):
@@ -76,7 +77,7 @@ class HttpServer(ThreadingHTTPServer):
         """Host and port."""
         return f"{LOOPBACK}:{self.server_address[1]}"
 
-    def __enter__(self) -> HttpServer:
+    def __enter__(self: ServerT) -> ServerT:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
-import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from missrec_t4r.errors import ServingError
-from missrec_t4r.serving.client.transports import channel_arguments
-
-Arrays = Mapping[str, npt.NDArray[Any]]
+from missrec_t4r.serving.client.transports import Arrays, channel_arguments
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _WARM = 32

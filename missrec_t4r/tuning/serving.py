@@ -22,9 +22,9 @@ import numpy as np
 from missrec_t4r.bundle.item_table import load_session_transform
 from missrec_t4r.config.checks import require_at_least, require_positive
 from missrec_t4r.errors import ConfigError, ServingError
-from missrec_t4r.serving.client.transports import TritonTransport
+from missrec_t4r.serving.client.transports import Arrays, TritonTransport
 from missrec_t4r.serving.deploy.blue_green import deploy
-from missrec_t4r.serving.load import Arrays, answers_per_second, latency, message
+from missrec_t4r.serving.load import answers_per_second, latency, message
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, is_deployment
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_config import configure, settings_of

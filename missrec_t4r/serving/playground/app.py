@@ -126,7 +126,7 @@ class CatalogueView:
         return f"{self._titles.get(item, '')} {item}".casefold()
 
 
-class Playground:
+class Playground(HttpServer):
     """Web server of the page; runs while the ``with`` block does.
 
     Parameters
@@ -141,19 +141,12 @@ class Playground:
     def __init__(self, client: MISSRecClient, catalogue: CatalogueView, port: int = 0) -> None:
         self.client, self.catalogue = client, catalogue
         self._page = importlib.resources.files("missrec_t4r.serving.playground").joinpath("page.html").read_bytes()
-        self._server = HttpServer(port, self._respond)
+        super().__init__(port, self._respond)
 
     @property
     def url(self) -> str:
         """URL of the page."""
-        return f"http://{self._server.address}"
-
-    def __enter__(self) -> Playground:
-        self._server.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.__exit__()
+        return f"http://{self.address}"
 
     def reply(self, method: str, target: str, body: bytes) -> Reply:
         """Return the response to one request of the page."""
@@ -199,7 +192,7 @@ class Playground:
         }
 
     def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
-        own_hosts = {f"{host}:{self._server.server_address[1]}" for host in (LOOPBACK, "localhost")}
+        own_hosts = {f"{host}:{self.server_address[1]}" for host in (LOOPBACK, "localhost")}
         if request.headers.get("Host") not in own_hosts:  # DNS rebinding by another site's page
             status, kind, body = _json({"error": "another host's request"}, 403)
         else:

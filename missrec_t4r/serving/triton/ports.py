@@ -38,19 +38,14 @@ def choose_ports(requested: dict[str, int]) -> dict[str, int]:
 
 
 def _bind(endpoint: str, port: int) -> socket.socket:
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free, a listening one is not
     try:
-        bound.bind((LOOPBACK, port))
-        bound.listen()  # so that a port requested twice is noticed
+        return socket.create_server((LOOPBACK, port))  # it listens, so that a port requested twice is noticed
     except (OSError, OverflowError) as error:
-        bound.close()
         raise ServingError(
             f"{endpoint} port {port} cannot be used ({error})",
             "a free port from 1 to 65535",
             f"choose another --{endpoint}-port, or 0 for any free one",
         ) from error
-    return bound
 
 
 def grpc_server_name(grpc_port: int, model: str | None = None) -> str | None:

@@ -274,18 +274,16 @@ def compact_event_features(event_features: Mapping[str, AnyArray], rows: Ints, m
     [[7.0, 8.0]]
     """
     known = rows > UNKNOWN_ROW
-    counts = known.sum(1, keepdims=True)
-    lengths = np.minimum(counts, max_length)  # [batch, 1]
-    steps = np.arange(max(int(lengths.max(initial=0)), 1))
-    mask = steps < lengths  # [batch, new seq]
-    order = np.argsort(~known, axis=1, kind="stable")  # positions of known items first, in their order
-    position = np.where(mask, counts - lengths + steps, 0)  # [batch, new seq], into ``order``
-    index = np.take_along_axis(order, position, 1) if rows.shape[1] else position
-    batch = np.arange(len(rows))[:, None]
-    return {
-        name: np.where(mask if values.ndim == 2 else mask[..., None], values[batch, index], values.dtype.type(0))
-        for name, values in event_features.items()
-    }
+    counts = known.sum(1)
+    kept = np.minimum(counts, max_length)
+    place = np.cumsum(known, axis=1) - 1 - (counts - kept)[:, None]  # [batch, seq], of a known item among the kept ones
+    taken = known & (place >= 0)
+    shape, at = (len(rows), max(int(kept.max(initial=0)), 1)), (np.nonzero(taken)[0], place[taken])
+    compacted: EventArrays = {}
+    for name, values in event_features.items():
+        compacted[name] = np.zeros((*shape, *values.shape[2:]), values.dtype)
+        compacted[name][at] = values[taken]
+    return compacted
 
 
 def fit_event_columns(columns: Sequence[EventColumn], train: Sessions) -> tuple[EventColumn, ...]:

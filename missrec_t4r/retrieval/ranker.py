@@ -340,12 +340,4 @@ def compact(rows: Ints, max_length: int) -> Ints:
     >>> compact(np.array([[3, 2, 0, 4], [1, 0, 0, 0]]), 50).tolist()
     [[3, 4], [0, 0]]
     """
-    known = rows > UNKNOWN_ROW
-    counts = known.sum(1)
-    kept = np.minimum(counts, max_length)
-    width = max(int(kept.max(initial=0)), 1)
-    compacted = np.full((len(rows), width), PADDING_ROW, np.int64)
-    place = np.cumsum(known, axis=1) - 1 - (counts - kept)[:, None]
-    taken = known & (place >= 0)
-    compacted[np.nonzero(taken)[0], place[taken]] = rows[taken]
-    return compacted
+    return compact_event_features({"rows": rows}, rows, max_length)["rows"]

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from missrec_t4r.bundle.id_encoder import SessionTransform, TransformSettings
+from missrec_t4r.bundle.id_encoder import SessionTransform, read_transform
 from missrec_t4r.bundle.item_table import load_items, load_session_transform
 from missrec_t4r.bundle.manifest import (
     CATALOGUE_FILE,
@@ -55,7 +55,7 @@ from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import BundleError, ConfigError, MISSRecError
 from missrec_t4r.io.atomic import atomic_write_dir
-from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.tensor_file import advise_random_access, write_tensors
 from missrec_t4r.io.weight_names import current_names
 from missrec_t4r.model.missrec import MISSRec
@@ -239,15 +239,8 @@ def load_bundle(folder: str | Path) -> LoadedBundle:
 
 def _write_transform(folder: Path, data: Path, max_sequence_length: int) -> None:
     """Copy the request transform with the model's session length, which may differ from the data folder's."""
-    try:
-        content = read_json(data / SESSION_TRANSFORM_FILE)
-        TransformSettings.from_dict(content)
-    except ValueError as error:
-        reason = error.__cause__ or error
-        raise BundleError(
-            f"{data / SESSION_TRANSFORM_FILE} cannot be read ({reason})", "a JSON object", "re-run `missrec etl`"
-        ) from error
-    write_json(folder / SESSION_TRANSFORM_FILE, content | {"max_sequence_length": max_sequence_length})
+    content = read_transform(data / SESSION_TRANSFORM_FILE) | {"max_sequence_length": max_sequence_length}
+    write_json(folder / SESSION_TRANSFORM_FILE, content)
 
 
 def _write_weights(model: MISSRec, file: Path) -> None:

@@ -167,12 +167,7 @@ class SessionTransform:
         BundleError
             The file is missing, is not JSON, or is of another format.
         """
-        try:
-            content = read_json(Path(file))
-        except (OSError, ValueError) as error:
-            reason = error.__cause__ or error
-            raise BundleError(f"{file} cannot be read ({reason})", "the JSON file of missrec etl") from error
-        return cls(TransformSettings.from_dict(content), vocabulary)
+        return cls(TransformSettings.from_dict(read_transform(file)), vocabulary)
 
     @property
     def max_sequence_length(self) -> int:
@@ -255,6 +250,23 @@ class SessionTransform:
         items = np.clip(rows - FIRST_ITEM_ROW, 0, self.n_items - 1)
         ids = np.where(rows >= FIRST_ITEM_ROW, self.wire_ids[items], self._ids.missing)
         return ids.astype(self._ids.dtype, copy=False)
+
+
+def read_transform(file: Path) -> dict[str, Any]:
+    """Return the validated content of ``session_transform.json``.
+
+    Raises
+    ------
+    BundleError
+        The file is missing, is not JSON, or is of another format.
+    """
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        found = f"{file} cannot be read ({error.__cause__ or error})"
+        raise BundleError(found, "the JSON file of missrec etl", "re-run `missrec etl`") from error
+    TransformSettings.from_dict(content)
+    return content
 
 
 def encode_ids(ids: Sequence[RawId], id_type: str) -> AnyArray:

@@ -6,7 +6,6 @@ NeurIPS 2014), so that a catalogue of ids alone has one modality, and with it in
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ModalityError
 from missrec_t4r.etl.features.sklearn_encoders import Encoded
+from missrec_t4r.ranking.cooccurrence import sessions_with_both
 from missrec_t4r.schema import FIRST_ITEM_ROW
 
 COOCCURRENCE = "cooccurrence"
@@ -32,19 +32,14 @@ def cooccurrence_vectors(data: Path, catalogue: Catalogue, width: int) -> Encode
         No session of the training split has two items.
     """
     train, n_rows = Sessions.load(data / "train", ()).known(), catalogue.n_rows
-    pairs = np.unique(np.stack([train.session_of_event, train.values]), axis=1)  # once per session
-    if pairs.shape[1] == len(np.unique(pairs[0])):
+    together = sessions_with_both(train, n_rows)
+    left, right = together.indices()
+    if (left == right).all():
         raise ModalityError(
             "no training session with two different items", "co-occurrences", "give text columns, images or vectors"
         )
-    contains = torch.sparse_coo_tensor(
-        torch.from_numpy(pairs), torch.ones(pairs.shape[1]), (len(train), n_rows), check_invariants=True
-    ).coalesce()
-    occurs = torch.bincount(torch.from_numpy(pairs[1]), minlength=n_rows).float().clamp_min(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        together = torch.sparse.mm(contains.t(), contains).coalesce()  # [row, row]
-    left, right = together.indices()
+    occurs = torch.zeros(n_rows)
+    occurs[left[left == right]] = together.values()[left == right]
     information = torch.log(together.values() * len(train) / (occurs[left] * occurs[right])).clamp_min(0)
     information[left == right] = 0.0
     matrix = torch.sparse_coo_tensor(together.indices(), information, together.shape, check_invariants=True)

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from missrec_t4r.data.user_hash import hash_ids
-from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
@@ -31,6 +30,7 @@ from missrec_t4r.etl.sources.table import (
     read_table,
     require_distinct,
     require_event_columns,
+    same_columns,
     translate_parquet_errors,
 )
 from missrec_t4r.etl.task import Task
@@ -267,16 +267,9 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
     schemas = [_parquet_schema(file) for file in files]
     row_indexes = checks.row_indexes(sorted({name for schema in schemas for name in schema.names}), names, findings)
     schemas = [pa.schema([field for field in schema if field.name not in row_indexes]) for schema in schemas]
-    for file, schema in zip(files, schemas, strict=True):
-        if different := sorted(set(schema.names) ^ set(schemas[0].names)):
-            raise SchemaError(
-                f"{file} and {files[0]} differ in columns {different}", "interactions files with the same columns"
-            )
-    require_event_columns(schemas[0].names, names)
-    try:
+    with same_columns(files, [schema.names for schema in schemas], "interactions"):
+        require_event_columns(schemas[0].names, names)
         schema = pa.unify_schemas(schemas, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"the interactions files disagree on a type ({error})", "one type per column") from error
     clashing = checks.taken_names(schema.names, names, findings)
     kept = [field for field in schema if field.name not in clashing]
     return pa.schema([(names.get(field.name, field.name), decoded_type(field.type)) for field in kept])

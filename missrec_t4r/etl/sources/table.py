@@ -70,24 +70,34 @@ def read_table(
         names = sorted({name for table in tables for name in table.column_names})
         unwanted = checks.row_indexes(names, [*text_columns, *needed], findings)
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
-    for file, table in zip(files, tables, strict=True):
-        require_distinct(file, table.column_names)
-        if set(table.column_names) != set(tables[0].column_names):
-            differing = sorted(set(table.column_names) ^ set(tables[0].column_names))
-            raise SchemaError(
-                f"{file} and {files[0]} differ in columns {differing}", f"{what} files with the same columns"
-            )
-    try:
+    with same_columns(files, [table.column_names for table in tables], what):
         table = pa.concat_tables(_one_type(tables, text_columns), promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(
-            f"the {what} files disagree on a type ({error})", "one type per column in all files"
-        ) from error
     if not table.num_rows:
         raise DataError(
             f"the {what} table {files[0]} has no rows", "at least one row", "check the export it comes from"
         )
     return _plain_strings(table, text_columns, findings)
+
+
+@contextmanager
+def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]], what: str) -> Iterator[None]:
+    """Join files of one table that have these columns.
+
+    Raises
+    ------
+    SchemaError
+        A file has other columns than the first, a column twice, or a column of another type.
+    """
+    for file, names in zip(files, columns, strict=True):
+        require_distinct(file, names)
+        if different := sorted(set(names) ^ set(columns[0])):
+            raise SchemaError(
+                f"{file} and {files[0]} differ in columns {different}", f"{what} files with the same columns"
+            )
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"the {what} files disagree on a type ({error})", "one type per column") from error
 
 
 def expand(paths: Paths, what: str) -> list[Path]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from missrec_t4r.errors import ConfigError
 from missrec_t4r.evaluation.metrics import CRITERION
 
 SHIP: Final = "ship"
@@ -40,14 +38,9 @@ def decide(measures: Mapping[str, Any], protocol: str, gate: Path | None) -> tup
         if low > 0:
             return SHIP, []
         return (REFUSED if high < 0 else OPEN), []
-    from missrec_t4r.etl.quality.report import check_bound, read_gate
+    from missrec_t4r.etl.quality.report import check_bounds, read_gate
 
-    checks = []
-    for name, bound in read_gate(gate).items():
-        if name not in measures:
-            near = difflib.get_close_matches(name, measures, 3) or list(measures)[:6]
-            raise ConfigError(f"the gate bounds {name!r}", f"a measure such as {', '.join(near)}", "correct the gate")
-        checks.append(check_bound(name, measures[name], bound))
+    checks = check_bounds(measures, read_gate(gate))
     return (SHIP if all(check["passed"] for check in checks) else REFUSED), checks
 
 

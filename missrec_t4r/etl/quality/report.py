@@ -172,25 +172,24 @@ def apply_gate(statistics: Mapping[str, Any], bounds: Mapping[str, Mapping[str, 
     >>> apply_gate({"events": 5}, {"events": {"min": 10}, "share.null_item_id": {"max": 0.1}})[0]["passed"]
     False
     """
+    return check_bounds({**dict.fromkeys(_SHARES, 0.0), **dict.fromkeys(_DRIFT), **statistics}, bounds)
+
+
+def check_bounds(measures: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return `apply_gate`'s entries; a measure that is None was not taken, and passes unless it is required."""
     checks = []
     for name, bound in bounds.items():
-        value = statistics.get(name, 0.0 if name in _SHARES else None)
-        if value is None and name not in _DRIFT:
-            near = difflib.get_close_matches(name, {*statistics, *_SHARES, *_DRIFT}, 1)
+        if name not in measures:
+            near = difflib.get_close_matches(name, measures, 3) or list(measures)[:6]
             raise ConfigError(
                 f"the gate bounds {name!r}, which is not measured on these data",
-                f"one of {near or sorted(statistics)}",
+                f"a measure such as {', '.join(near)}",
                 "correct the gate, or leave the line out",
             )
-        checks.append(check_bound(name, value, bound))
+        value, low, high = measures[name], bound.get("min", float("-inf")), bound.get("max", float("inf"))
+        passed = not bound.get("required", False) if value is None else low <= value <= high
+        checks.append({"measure": name, "value": value, "bounds": dict(bound), "passed": bool(passed)})
     return checks
-
-
-def check_bound(name: str, value: float | None, bound: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of one bound; what was not measured passes unless it is required."""
-    low, high = bound.get("min", float("-inf")), bound.get("max", float("inf"))
-    passed = not bound.get("required", False) if value is None else low <= value <= high
-    return {"measure": name, "value": value, "bounds": dict(bound), "passed": bool(passed)}
 
 
 def drift(statistics: Mapping[str, Any], distributions: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, float]:

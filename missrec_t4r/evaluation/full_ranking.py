@@ -323,24 +323,57 @@ def targets_in_history(histories: Sessions, targets: Ints) -> Bools:
     return np.bincount(with_target, minlength=len(histories)) > 0
 
 
+def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best columns of every row.
+
+    `torch.topk` does not define the order of equal scores, nor which of them it returns; two servers with the same
+    bundle would give different lists, and coverage would depend on the machine. Of the items with the last score that
+    fits the lowest rows are taken.
+
+    Parameters
+    ----------
+    scores : Tensor [batch, catalogue]
+        No NaN; -inf marks what cannot be recommended and comes last.
+    k : int
+        At most ``catalogue`` columns are returned.
+
+    Returns
+    -------
+    scores : Tensor [batch, k]
+        Descending.
+    rows : Tensor [batch, k], int64
+        Their columns; equal scores in ascending order.
+
+    Examples
+    --------
+    >>> top_items(torch.tensor([[0.5, 0.9, 0.5, 0.5]]), 3)[1].tolist()
+    [[1, 0, 2]]
+    """
+    k = min(k, scores.shape[1])
+    if k < 1:
+        return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
+    best, rows = scores.topk(k, dim=1)
+    crowded = torch.nonzero(n_true(scores >= best[:, -1:]) > k).flatten()  # more items have the last score than fit
+    if len(crowded):
+        own, last = scores[crowded], best[crowded, -1:]
+        tied, n_tied = own == last, k - n_true(own > last)[:, None]  # ties to take: the lowest rows
+        chosen = (own > last) | (tied & (tied.cumsum(1, dtype=torch.int32) <= n_tied))
+        rows[crowded] = chosen.nonzero()[:, 1].view(-1, k)
+    rows = rows.sort(dim=1).values  # ascending, so that a stable sort keeps the order of ties
+    best, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    return best, rows.gather(1, order)
+
+
 def recommendable_rows(scores: Tensor, top_k: int) -> Tensor:
     """Return the best rows [batch, top_k] in ranking order, ties by ascending row, -1 where items run out.
-
-    The order of ties in `torch.topk` is undefined, so that coverage would depend on the machine. Here it only finds the
-    threshold; of the items that are equal to it the lowest rows are taken.
 
     Examples
     --------
     >>> recommendable_rows(torch.tensor([[0.1, 0.7, 0.7, -torch.inf]]), 4).tolist()
     [[1, 2, 0, -1]]
     """
-    threshold = scores.topk(top_k, dim=1).values[:, -1:]  # [batch, 1]
-    above, tied = scores > threshold, scores == threshold
-    n_tied = top_k - above.sum(1, keepdim=True)  # ties to take
-    chosen = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= n_tied))  # top_k True per session
-    rows = chosen.nonzero()[:, 1].view(len(scores), top_k)  # ascending, so a stable sort keeps the order of ties
-    values, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
-    return rows.gather(1, order).masked_fill(torch.isneginf(values), -1)
+    best, rows = top_items(scores, top_k)
+    return rows.masked_fill(torch.isneginf(best), -1)
 
 
 def _check_targets(histories: Sessions, targets: Ints, n_rows: int) -> None:

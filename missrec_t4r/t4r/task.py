@@ -20,12 +20,12 @@ from transformers4rec.torch.ranking_metric import RankingMetric
 
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.errors import ConfigError
+from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.model.event_features import EventFeatures
 from missrec_t4r.model.fast.cross_entropy import next_item_loss
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import build_missrec
-from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.inputs import MultiModalSequenceFeatures
 from missrec_t4r.t4r.settings import PartSettings, merged

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missrec_t4r.errors import DataError
+from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker, compact
-from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 

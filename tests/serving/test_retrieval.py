@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from missrec_t4r.retrieval import topk as retrieval
@@ -18,7 +19,7 @@ from missrec_t4r.retrieval.index_file import RetrievalIndex, check_index, write_
 from missrec_t4r.retrieval.int8_bounds import quantise, steepness
 from missrec_t4r.retrieval.packed_scores import PackedItems, fuse, pack_items
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.retrieval.topk import Found, Query, scan_bounds, search, top_items
+from missrec_t4r.retrieval.topk import Found, Query, scan_bounds, search
 from missrec_t4r.runs.run_folder import LoadedRun
 from tests.serving import shop
 

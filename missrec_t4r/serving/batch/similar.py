@@ -23,10 +23,10 @@ from missrec_t4r.bundle.bundle import LoadedBundle, bundle_or_run, load_bundle
 from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError
+from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 from missrec_t4r.progress import track
 from missrec_t4r.retrieval.ranker import Ranker
-from missrec_t4r.retrieval.topk import top_items
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.batch.parquet_io import write_tables
 from missrec_t4r.serving.client.client import read_titles

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers4rec.config.trainer import T4RecTrainingArguments
 
 from missrec_t4r.config import Recipe, TrainConfig
+from missrec_t4r.config.checks import changed_settings
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError, ConfigError
@@ -193,10 +194,12 @@ def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) ->
         (out / LOG_FILE).unlink(missing_ok=True)
     owner = folder / "recipe.json"
     stored = read_json(owner) if owner.is_file() else {}
-    has_other_data = stored.pop(_CONTENT, content) != content  # earlier versions did not store it
-    if has_other_data or (stored and stored != json.loads(json.dumps(recipe.to_dict()))):
+    changed = changed_settings(stored, json.loads(json.dumps(recipe.to_dict()))) if stored else []
+    if stored.get(_CONTENT, content) != content:  # earlier versions did not store it
+        changed.append("the data")
+    if changed:
         raise ConfigError(
-            f"{out} holds an interrupted T4R run with other {'data' if has_other_data else 'settings'}",
+            f"{out} holds an interrupted T4R run with other settings or data: {', '.join(changed)}",
             "the same recipe and data",
             "give another --out, or --restart to discard it",
         )

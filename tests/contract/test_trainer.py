@@ -268,12 +268,12 @@ def test_train_t4r_continues_an_interrupted_run(data: Path, tmp_path: Path, monk
         patch.setattr("missrec_t4r.t4r.trainer._Report.on_evaluate", _interrupted)
         with pytest.raises(_Stop):
             train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
-    with pytest.raises(ConfigError, match="interrupted T4R run with other settings"):
+    with pytest.raises(ConfigError, match="T4R run with other settings or data: train.seed 7 -> 8; expected"):
         train_t4r(data, recipe(seed=8), tmp_path / "halved", device="cpu")
     other = shutil.copytree(data, tmp_path / "other")  # as many sessions and items
     rows = pq.read_table(other / "valid" / "part_0.parquet")
     pq.write_table(rows.take(list(range(rows.num_rows))[::-1]), other / "valid" / "part_0.parquet")
-    with pytest.raises(ConfigError, match="interrupted T4R run with other data"):
+    with pytest.raises(ConfigError, match="with other settings or data: the data; expected"):
         train_t4r(other, recipe(), tmp_path / "halved", device="cpu")
     train_t4r(data, recipe(), tmp_path / "halved", device="cpu")
     whole, halved = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "halved"))

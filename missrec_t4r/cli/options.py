@@ -9,7 +9,7 @@
 | ``Mapping[str, str | Path]`` | ``--name NAME=VALUE``, repeatable |
 | any other mapping | ``--name JSON``; with `Option.yaml` ``--name KEY=VALUE``, repeatable, values read as YAML |
 
-An option is spelled like its parameter, or as `commands.in_python.FLAGS` says. A parameter without a default
+An option is spelled like its parameter, or as `config.option_names.FLAGS` says. A parameter without a default
 is required unless its annotation admits None. Values of ``Literal`` are checked by the function, so that Python and the
 command line give the same three-part error.
 """
@@ -28,7 +28,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union
 import typer
 import yaml
 
-from missrec_t4r.commands.in_python import FLAGS, flags_of
+from missrec_t4r.commands.in_python import flags_of
+from missrec_t4r.config.option_names import FLAGS
 from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
 

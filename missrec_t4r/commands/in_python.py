@@ -8,27 +8,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
+from missrec_t4r.config.option_names import FLAGS, option
 from missrec_t4r.errors import MISSRecError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FLAGS = {
-    "settings": ("--set",),
-    "start_from": ("--from",),
-    "warm_start": ("--warm-start", "--continue"),
-    "drop_columns": ("--drop-column",),
-    "categorical_columns": ("--categorical-column",),
-    "alone": ("--no-baselines",),
-    "resume": ("--restart",),
-    "switch": ("--no-switch",),
-    "keep_repeats": ("--keep-repeats/--first-only",),
-    "keep_untitled": ("--keep-untitled/--titled-only",),
-}
-"""Parameter -> options that are not spelled like it, older ones last; the one after a slash stands for False.
-
-Where the parameter is True by default, an option without a slash stands for False too.
-"""
 _TEXT = re.compile(
     r"`[^`]*`|\bmissrec [a-z]+(?: [a-z]+)?(?: --[a-z-]+)*"  # whole command lines stay
     r"|(?<![\w-])(?P<option>--[a-z][a-z0-9-]*)(?: (?P<value>'[^']*'|[^\s,;:()]*[\w=/%…]))?"
@@ -37,7 +22,7 @@ _TEXT = re.compile(
 
 def flags_of(parameter: inspect.Parameter) -> tuple[str, ...]:
     """Return the options of a parameter; the one that makes a boolean False stands after a slash."""
-    flag = f"--{parameter.name.replace('_', '-')}"
+    flag = option(parameter.name)
     return FLAGS.get(parameter.name, (f"{flag}/--no-{flag[2:]}" if parameter.default is True else flag,))
 
 
@@ -91,10 +76,10 @@ def in_python(text: str, function: Callable[..., Any], names: Mapping[str, str])
     arguments, hints = _arguments(function), get_type_hints(function)
 
     def argument(match: re.Match[str]) -> str:
-        option, value = match["option"], match["value"]
-        if option not in arguments:
+        value = match["value"]
+        if match["option"] not in arguments:
             return match[0]
-        parameter, constant = arguments[option]
+        parameter, constant = arguments[match["option"]]
         name, rest = names.get(parameter, parameter), "" if value is None else f" {value}"
         if constant is not None:
             return f"{name}={constant}{rest}"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
+from missrec_t4r.config.option_names import option
 from missrec_t4r.errors import ConfigError
 
 _LIMITS: Final[Mapping[str, Callable[[float], bool]]] = {
@@ -117,9 +118,9 @@ def require_at_least(least: float, **options: Any) -> None:
     """
     for name, value in options.items():
         if isinstance(value, str):  # from Python; the command line converts
-            raise ConfigError(f"--{name.replace('_', '-')} {value!r}", f"a number of at least {least:g}")
+            raise ConfigError(f"{option(name)} {value!r}", f"a number of at least {least:g}")
         if value is not None and not value >= least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}", f"at least {least:g}")
+            raise ConfigError(f"{option(name)} {value:g}", f"at least {least:g}")
 
 
 def require_positive(**options: float | None) -> None:
@@ -135,7 +136,7 @@ def require_positive(**options: float | None) -> None:
     """
     for name, value in options.items():
         if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}", "a positive number")
+            raise ConfigError(f"{option(name)} {value:g}", "a positive number")
 
 
 def require_choices(**options: tuple[str, Collection[str]]) -> None:
@@ -152,7 +153,7 @@ def require_choices(**options: tuple[str, Collection[str]]) -> None:
     for name, (value, choices) in options.items():
         if value not in choices:
             *others, last = choices
-            raise ConfigError(f"--{name.replace('_', '-')} {value!r}", f"{', '.join(others)} or {last}")
+            raise ConfigError(f"{option(name)} {value!r}", f"{', '.join(others)} or {last}")
 
 
 def _type_error(name: str, value: Any, hint: Any) -> str:

@@ -220,7 +220,9 @@ def frequent_events(users: Array, items: Array, settings: Mapping[str, Any], xp:
         kept = kept[core([users[kept], items[kept]], k_core, xp=xp)]
     if not len(kept):
         raise DataError(
-            f"k_core={k_core} with min_item_count={min_item_count} leaves no event", "at least one", "lower the numbers"
+            f"--k-core {k_core} with --min-item-count {min_item_count} leaves no event",
+            "at least one",
+            "lower the numbers",
         )
     return kept
 

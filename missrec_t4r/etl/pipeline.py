@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.option_names import option
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl import inputs, item_table
 from missrec_t4r.etl.engine import append
@@ -288,9 +289,9 @@ def _change(out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     fixed = options.keys() - {*_MACHINE_OPTIONS, *_UPDATE_OPTIONS}
     changed = sorted(name for name in fixed if _comparable(options[name]) != _comparable(defaults[name]))
     if changed:
-        option = "--update" if options["update"] else "--compact"
+        found = f"{'--update' if options['update'] else '--compact'} with {', '.join(map(option, changed))}"
         cure = "leave them out, or run missrec etl on all events"
-        raise ConfigError(f"{option} with {', '.join(changed)}", "the settings of the first run", cure)
+        raise ConfigError(found, "the settings of the first run", cure)
     machine, events = {name: options[name] for name in _MACHINE_OPTIONS}, options["interactions"]
     items = None if options["items"] is None else Path(options["items"])
     modality = item_table.modality_files(options["modality"])

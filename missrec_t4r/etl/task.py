@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from missrec_t4r.config.checks import require_choices
+from missrec_t4r.config.option_names import option
 from missrec_t4r.errors import ConfigError, SchemaError
 from missrec_t4r.etl import item_table
 from missrec_t4r.etl.event_settings import EventSettings, parse_seconds, parse_time, parse_time_features, parse_weights
@@ -97,7 +98,7 @@ def make_task(options: Mapping[str, Any]) -> Task:
         raise ConfigError("--delta without --update", "both", "add --update")
     if options["items"] is None:
         raise ConfigError("no item table", "--items items.parquet", "only --update goes without")
-    times = {name: parse_time(options[name], f"--{name.replace('_', '-')}") for name in ("valid_from", "test_from")}
+    times = {name: parse_time(options[name], option(name)) for name in ("valid_from", "test_from")}
     options = {**options, **times}
     _check_settings(options)
     derived = {
@@ -153,7 +154,7 @@ def _read_workflow_file(options: Mapping[str, Any]) -> WorkflowFile:
         The file cannot be used, or is combined with an option that it replaces or with the out-of-core engine.
     """
     replaces = ("event_weights", "session_gap", "time_features", "max_events")
-    if replaced := [f"--{name.replace('_', '-')}" for name in replaces if options[name]]:
+    if replaced := [option(name) for name in replaces if options[name]]:
         raise ConfigError(
             f"--workflow with {', '.join(replaced)}",
             "one or the other: these options change the built-in workflow",

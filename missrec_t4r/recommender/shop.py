@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r import commands
-from missrec_t4r.commands.in_python import FLAGS, in_python, named_in_python
+from missrec_t4r.commands.in_python import in_python, named_in_python
 from missrec_t4r.config.checks import refuse_unknown
+from missrec_t4r.config.option_names import FLAGS, option
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.outputs import REPORT_FILE
@@ -270,11 +271,10 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
     """
     words, hints = ["missrec", command], get_type_hints(commands.function_of(command))
     for name, value in options.items():
-        option = FLAGS.get(name, (f"--{name.replace('_', '-')}",))[0]
         if value is None or value is False or value == "" or (name, value) == ("resume", True):
             continue
         if value is True:
-            words.append(option)
+            words.append(option(name))
             continue
         is_repeated = name in FLAGS
         if isinstance(value, Mapping):
@@ -283,7 +283,7 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
         else:
             values = [_written(part) for part in (value if isinstance(value, list | tuple) else [value])]
         for text in values if is_repeated else [",".join(values)] if values else []:
-            words += [option, text]
+            words += [option(name), text]
     return shlex.join(words)
 
 

@@ -264,6 +264,12 @@ def test_errors_name_options_on_the_command_line_and_arguments_in_python(tmp_pat
         ),
         ({"delta": True}, ["--delta"], "--delta without --update", "delta=True without update=True"),
         (
+            {"update": True, "min_item_count": 2, "drop_columns": ["note"], "drop_duplicates": True},
+            ["--update", "--min-item-count", "2", "--drop-column", "note", "--drop-duplicates"],
+            "--update with --drop-column, --drop-duplicates, --min-item-count; expected: the settings of the first run",
+            "update=True with `drop_columns`, drop_duplicates=True, `min_item_count`; expected: the settings of the",
+        ),
+        (
             {"valid_from": 1, "test_from": 2},
             ["--valid-from", "1", "--test-from", "2"],
             "expected: --split time",

@@ -42,7 +42,7 @@ def test_min_item_count_is_a_single_pass(tmp_path: Path) -> None:
 
 
 def test_a_core_that_nothing_survives_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="k_core=9 with min_item_count=0 leaves no event.*lower the numbers"):
+    with pytest.raises(DataError, match="--k-core 9 with --min-item-count 0 leaves no event.*lower the numbers"):
         etl(*write(tmp_path, _events("abab"), ITEMS), tmp_path / "data", k_core=9)
 
 

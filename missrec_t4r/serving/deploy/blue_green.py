@@ -27,6 +27,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.config.checks import require_at_least
+from missrec_t4r.config.option_names import option
 from missrec_t4r.errors import BundleError, ConfigError, ParityError, ServingError
 from missrec_t4r.io.atomic import refuse_unmanaged, temporary_dir
 from missrec_t4r.io.hashing import file_digest
@@ -212,7 +213,7 @@ def _check(folder: Path, bundle: str | Path | None, version: int | None, changes
     if (bundle is None) == (version is None):
         raise ConfigError("both --bundle and --version" if bundle else "neither --bundle nor --version", "one of them")
     if version is not None and changes:
-        found = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
+        found = ", ".join(map(option, changes))
         raise ConfigError(f"{found} with --version", "--bundle: a version keeps its settings", f"leave out {found}")
     _refuse_unmanaged(folder)
     if bundle is not None:

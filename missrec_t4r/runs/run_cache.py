@@ -17,19 +17,13 @@ from missrec_t4r.config.checks import changed_settings
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, versions
+from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, WEIGHTS_FILE, versions
 
 FINISHED_FILE = "finished.json"
 _CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
 """Subpackages whose source is part of the key: a number may depend on them."""
-_OTHER_FOLDERS: Final = {
-    "etl.json": "a data folder",
-    "catalogue.json": "a catalogue",
-    "manifest.json": "a bundle",
-    "deployment.json": "a deployment folder",
-    "shop.json": "a generated shop",
-}
-"""File of another command's folder -> its kind: that command replaces it as a whole, or refuses files of others."""
+_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, "checkpoint", "tensorboard"}
+"""What shows that a folder is that of a run; a killed training may have left one of them alone."""
 
 
 def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
@@ -54,7 +48,7 @@ def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | No
 
 
 def require_run_folder(out: Path) -> None:
-    """Refuse to write a run below a file, or among the files of another command.
+    """Refuse to write a run below a file, or among files that are not those of a run; hidden ones do not count.
 
     Raises
     ------
@@ -63,8 +57,10 @@ def require_run_folder(out: Path) -> None:
     """
     if file := next((part for part in (out, *out.parents) if part.is_file()), None):
         raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
-    if kind := next((kind for name, kind in _OTHER_FOLDERS.items() if (out / name).is_file()), None):
-        raise ConfigError(f"--out {out} is {kind}", "a new folder, or that of a run", "choose another --out")
+    there = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.exists() else []
+    if there and _RUN_PARTS.isdisjoint(there):
+        found = f"--out {out} is no run folder: it holds {', '.join(there[:3])}{', …' if there[3:] else ''}"
+        raise ConfigError(found, "a new folder, or that of a run", "choose another --out")
 
 
 def lookup(out: Path, key: str) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from missrec_t4r.etl.sources.table import read_table
 from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file, translate_disk_errors
+from missrec_t4r.runs.run_cache import require_run_folder
 from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 
@@ -254,17 +255,27 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="file/data cannot be written .*folders above it"):
             etl(*files, file / "data", engine=engine, workers=1)
     etl(*files, tmp_path / "data", modality={"text": save_vectors(tmp_path / "v.npy", np.eye(4))})
+    (tmp_path / "pictures" / "a.png").mkdir(parents=True)
     words = ["train", "--data", str(tmp_path / "data"), "--recipe", "tiny", "--device", "cpu", "--out"]
     for out, told in (
         (file, "file is a file; expected: a folder"),
         (file / "run", "file is a file; expected: a folder"),
-        (tmp_path / "data", "is a data folder; expected: a new folder, or that of a run"),
-        (tmp_path / "data" / "catalogue", "is a catalogue"),
+        (tmp_path / "data", "is no run folder: it holds catalogue, etl.json, request_workflow, …; expected: a new"),
+        (tmp_path / "pictures", "is no run folder: it holds a.png; expected: a new folder, or that of a run. choose"),
     ):
         for command in (words, ["pretrain", "--data", str(tmp_path / "data"), "--out"]):
             ran = CliRunner().invoke(app, [*command, str(out)])
             assert ran.exit_code == 2, ran.exception
             assert told in ran.stderr
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "left", ["", "log.jsonl", "state.safetensors", "checkpoint", "tensorboard", ".run.json-host-1-x"]
+)
+def test_what_a_killed_training_leaves_is_a_run_folder(left: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / left).mkdir(parents=True)
+    require_run_folder(tmp_path / "run")
 
 
 def test_every_command_says_that_the_disk_is_full(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 10, 48
 _WIDE, _TALL = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _TICKS = 4
 _LONGEST_LABEL = 27
+_MOST_ROWS, _ROW = 4, 14
+"""Rows of labels below an axis, and the height of one."""
 
 Marks = Iterable[tuple[float, str]]
 """Texts along an axis, each with its place as a share of the axis, 0 to 1."""
@@ -26,7 +28,8 @@ def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_titl
     Parameters
     ----------
     labels : sequence of str
-        One per bar; as many as fit are printed below the axis.
+        One per bar, printed below the axis: in several rows where neighbours would overlap, and only as many as fit
+        where even these would not do.
     values : sequence of float
         Not negative.
     """
@@ -38,10 +41,11 @@ def bars(labels: Sequence[str], values: Sequence[float], *, x_title: str, y_titl
         f"<title>{escape(label)}: {number(value)}</title></rect>"
         for index, (label, value) in enumerate(zip(labels, values, strict=True))
     ]
-    # A character is about 9 units wide: print every n-th label, so that neighbours do not overlap.
-    every = math.ceil(max((len(label) for label in labels), default=1) * 9 / step) if labels else 1
-    below = [((index + 0.5) / count, label) for index, label in enumerate(labels) if index % every == 0]
-    return _frame(shapes, below, _from_zero(top), x_title, y_title)
+    # A character is about 9 units wide: every n-th label fits into one row.
+    every = math.ceil(max(map(len, labels), default=1) * 9 / step) or 1
+    rows = every if every <= _MOST_ROWS else 1
+    below = [((index + 0.5) / count, label) for index, label in enumerate(labels) if rows > 1 or index % every == 0]
+    return _frame(shapes, below, _from_zero(top), x_title, y_title, rows)
 
 
 def log_line(xs: Sequence[float], ys: Sequence[float], *, x_title: str, y_title: str) -> str:
@@ -196,20 +200,25 @@ def _from_zero(top: float) -> Marks:
     return [(tick / _TICKS, number(top * tick / _TICKS)) for tick in range(_TICKS + 1)]
 
 
-def _frame(shapes: Iterable[str], below: Marks, left: Marks, x_title: str, y_title: str) -> str:
-    """Return a chart: shapes on a grid, with the texts and the titles of both axes."""
+def _frame(shapes: Iterable[str], below: Marks, left: Marks, x_title: str, y_title: str, rows: int = 1) -> str:
+    """Return a chart: shapes on a grid, with the texts and the titles of both axes; those below in turn in ``rows``."""
+    height = HEIGHT + _ROW * (rows - 1)
     grid = "".join(
         f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{_y(share):.1f}" y2="{_y(share):.1f}"/>'
         + _text(_LEFT - 6, _y(share) + 4, text, "end")
         for share, text in left
     )
-    ticks = "".join(_text(_x(share), HEIGHT - _BOTTOM + 18, text, "middle") for share, text in below)
-    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_title, "middle", "title") + (
+    ticks = ""
+    for index, (share, text) in enumerate(below):
+        half = 3.5 * len(text)  # of a text at the end of the axis nothing is cut off
+        x, y = min(max(_x(share), half), WIDTH - half), HEIGHT - _BOTTOM + 18 + _ROW * (index % rows)
+        ticks += _text(x, y, text, "middle")
+    titles = _text((_LEFT + WIDTH - _RIGHT) / 2, height - 6, x_title, "middle", "title") + (
         f'<text class="title" text-anchor="middle" transform="translate(14 {_TOP + _TALL / 2:.0f}) rotate(-90)">'
         f"{escape(y_title)}</text>"
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(y_title)} by {escape(x_title)}">'
         f"{grid}{''.join(shapes)}{ticks}{titles}</svg>"
     )
 

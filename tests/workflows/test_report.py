@@ -182,6 +182,25 @@ def test_charts_draw_to_scale() -> None:
     np.testing.assert_allclose(points[1], (points[0] + points[2]) / 2, atol=0.1)  # straight on both logarithms
 
 
+@pytest.mark.parametrize("labels", [["short", "b"], [f"a long name {n:02}" for n in range(13)]])
+def test_every_bar_has_its_name_below_and_none_overlaps_another(labels: list[str]) -> None:
+    chart = ElementTree.fromstring(bars(labels, [1.0] * len(labels), x_title="system", y_title="y"))
+    below = [text for text in chart.iter("text") if text.attrib["text-anchor"] == "middle" and text.text in labels]
+    assert [text.text for text in below] == labels
+    by_row: dict[str, list[float]] = {}
+    for text in below:
+        by_row.setdefault(text.attrib["y"], []).append(float(text.attrib["x"]))
+    widest = 7 * max(map(len, labels))  # letters of 11 pixels are narrower
+    assert all((np.diff(row) > widest).all() for row in by_row.values())
+    title = next(text for text in chart.iter("text") if text.text == "system")
+    assert max(map(float, by_row)) + 12 < float(title.attrib["y"]) < float(chart.attrib["viewBox"].split()[3])
+
+
+def test_a_scale_of_many_bars_is_labelled_here_and_there() -> None:
+    chart = ElementTree.fromstring(bars([str(n) for n in range(300)], [1.0] * 300, x_title="x", y_title="y"))
+    assert 10 < len([text for text in chart.iter("text") if text.attrib["text-anchor"] == "middle"]) < 50
+
+
 def test_a_broken_gate_ends_with_code_3_and_is_no_basis_of_comparison(shop: Path) -> None:
     gate = shop / "gate.yaml"
     gate.write_text("events: {min: 5}\nshare.duplicate_events: {max: 0.05}\ndrift.popularity: {max: 0.5}\n")

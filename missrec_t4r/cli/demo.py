@@ -267,8 +267,11 @@ def without_restart(cure: str, run: Path) -> str:
     --------
     >>> without_restart("give another --out, or --restart to replace the run", Path("work/demo/shop/run"))
     'give another --out, or remove work/demo/shop/run to train anew'
+    >>> without_restart("add --restart if the run folder holds another checkpoint", Path("run"))
+    'remove run to train anew if the run folder holds another checkpoint'
     """
-    return re.sub(r"--restart to (discard it|replace the run)", lambda _: f"remove {run} to train anew", cure)
+    told = f"remove {run} to train anew"
+    return re.sub(r"(add )?--restart( to discard it| to replace the run)?", lambda _: told, cure)
 
 
 def _show(recommendations: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -11,13 +11,7 @@ Transformers4Rec and NVTabular only when a name that needs them is used.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("missrec-t4r")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.0.0"
 
 _HOME = {
     "Catalogue": "data.catalogue",
@@ -55,6 +49,8 @@ __all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(
             f"module 'missrec_t4r' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
@@ -68,3 +64,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("missrec-t4r")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0.0.0"

@@ -138,6 +138,28 @@ def test_help_and_version_import_neither_torch_nor_merlin() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("package", ["typer", "numpy"])
+def test_ctrl_c_ends_a_command_in_one_line_from_its_first_import_on(
+    package: str, repository: Path, tmp_path: Path
+) -> None:
+    code = f"""import sys
+
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == {package!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+from missrec_t4r.__main__ import main
+main()"""
+    command = [sys.executable, "-c", code, "generate", f"--out={tmp_path / 'shop'}"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (130, "interrupted\n", "")
+    code = "import sys, missrec_t4r.__main__; print('importlib.metadata' in sys.modules)"  # the slowest import of old
+    ended = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=repository)
+    assert ended.stdout == "False\n", ended.stderr
+
+
 def test_help_of_a_group_lists_its_commands() -> None:
     shown = CliRunner().invoke(app, ["catalogue", "--help"]).output
     assert all(name in shown for name in ("adopt", "update", "rollback"))

@@ -84,7 +84,7 @@ def test_the_wheel_carries_licence_and_command(wheel: Path) -> None:
         (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
         (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert b"missrec = missrec_t4r.cli:app" in archive.read(entries)
+        assert b"missrec = missrec_t4r.__main__:main" in archive.read(entries)
 
 
 def test_recipes_and_templates_are_read_from_the_wheel(unpacked: Path, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +178,42 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
         answers = machines.run(dies_once, [(str(tmp_path), number) for number in range(3)], "")
     assert answers == [0, 1, 4]
     assert (tmp_path / "died").exists()
+
+
+INTERRUPTED = """
+import sys
+from missrec_t4r.etl.engine.executor import open_executor
+
+def waits(seen):
+    import pathlib, time
+    pathlib.Path(seen).touch()
+    time.sleep(100)
+
+try:
+    with open_executor("processes", 1) as machines:
+        machines.run(waits, [(sys.argv[1],)], "")
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+"""
+
+
+def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(tmp_path: Path) -> None:
+    """A terminal sends it to the workers, too."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "seen")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "seen").exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == "interrupted\n"
+    deadline = time.monotonic() + 30  # Python's own tracker of resources ends after them
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+    assert time.monotonic() < deadline, "a process is left"
 
 
 def test_no_user_is_in_two_partitions() -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import Any
 
 from missrec_t4r.errors import ConfigError, DataError
@@ -126,16 +128,42 @@ def open_executor(scheduler: str = "threads", workers: int | None = None, *, gpu
         from distributed import Client, LocalCluster
 
         options: dict[str, Any] = {"threads_per_worker": 1, "dashboard_address": None, "scheduler_port": 0}
-        with (
-            _cuda_cluster(workers, **options) if gpu else LocalCluster(count, **options) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
-            yield ClusterExecutor(client)
+        with ExitStack() as stack:
+            stack.callback(_hush, logging.getLogger("distributed").level)  # back to what it was
+            try:
+                with _not_interrupted():
+                    cluster = _cuda_cluster(workers, **options) if gpu else LocalCluster(count, **options)
+                    client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
+                yield ClusterExecutor(client)
+            except KeyboardInterrupt:
+                _hush()
+                with suppress(Exception):  # of workers that are gone
+                    client.run(_hush)
+                raise
     elif "://" in scheduler:
         with _connect(scheduler) as client:
             yield ClusterExecutor(client)
     else:
         raise ConfigError(f"--dask-scheduler {scheduler!r}", "threads, processes or tcp://host:port")
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Keep Ctrl-C from the threads and processes that start in the block; this thread gets it at the end of the block.
+
+    A terminal sends it to every process of a command, and the one that started the others stops them.
+    """
+    resource_tracker.ensure_running()  # where that is left to the block, it takes the mask away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _hush(level: int = logging.CRITICAL) -> None:
+    """Keep dask.distributed from warning of workers that are stopped in the middle of a task."""
+    logging.getLogger("distributed").setLevel(level)
 
 
 def _cuda_cluster(workers: int | None, **options: Any) -> Any:

@@ -81,7 +81,7 @@ class InterestAwareDecoder(nn.Module):
         item_mask : Tensor [batch, seq], bool
             True for real items, which stand at the left.
         memory : Tensor [batch, interest, dim]
-            Output of the contextual encoder.
+            Output of the contextual encoder; in models without interests one masked slot, which no layer reads.
         interests : InterestTokens
             Mask and positions of the memory.
         last_only : bool

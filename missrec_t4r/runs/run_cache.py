@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ _CODE = ("config", "data", "evaluation", "model", "ranking", "t4r", "training")
 """Subpackages whose source is part of the key: a number may depend on them."""
 _RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, "checkpoint", "tensorboard"}
 """What shows that a folder is that of a run; a killed training may have left one of them alone."""
+_NOTES: Final = {".log", ".txt", ".out", ".err", ".yaml", ".yml", ".json"}
+"""Logs and settings, which scripts put into the folder of a run before it begins."""
 
 
 def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
@@ -47,8 +49,16 @@ def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | No
     return digest.hexdigest()
 
 
-def require_run_folder(out: Path) -> None:
-    """Refuse to write a run below a file, or among files that are not those of a run; hidden ones do not count.
+def require_run_folder(out: Path, kind: str = "run", parts: Set[str] = _RUN_PARTS) -> None:
+    """Refuse to write a run below a file, or among other files than hidden ones, logs and settings.
+
+    Parameters
+    ----------
+    out : Path
+    kind : str
+        What is written, for the error.
+    parts : set of str
+        Names of which any one shows that the folder is of that kind.
 
     Raises
     ------
@@ -57,10 +67,11 @@ def require_run_folder(out: Path) -> None:
     """
     if file := next((part for part in (out, *out.parents) if part.is_file()), None):
         raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
-    there = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.exists() else []
-    if there and _RUN_PARTS.isdisjoint(there):
-        found = f"--out {out} is no run folder: it holds {', '.join(there[:3])}{', …' if there[3:] else ''}"
-        raise ConfigError(found, "a new folder, or that of a run", "choose another --out")
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    others = sorted(name for name in there if not name.startswith(".") and Path(name).suffix not in _NOTES)
+    if others and parts.isdisjoint(there):
+        found = f"--out {out} is no folder of a {kind}: it holds {', '.join(others[:3])}{', …' if others[3:] else ''}"
+        raise ConfigError(found, f"a new folder, or that of a {kind}", "choose another --out")
 
 
 def lookup(out: Path, key: str) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.atomic import atomic_write_file, is_running
 from missrec_t4r.io.lock import locked
+from missrec_t4r.runs.run_cache import require_run_folder
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.fit import TrainingData, read_training_data
@@ -105,6 +106,7 @@ def tune_train(
             "start the command several times with one --out",
         )
     data, out = Path(data), Path(out)
+    require_run_folder(out, "search", {STUDY_FILE})
     base = choose(data, settings, device).recipe if str(recipe) == AUTO else Recipe.load(recipe, settings)
     search = _Search(out, base, space_around(base, space, settings or {}), read_training_data(data, base), device)
     stopped_by = search.run(60 * minutes, trials)

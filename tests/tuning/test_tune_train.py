@@ -222,6 +222,11 @@ def test_two_processes_share_a_search(data: Path) -> None:
     assert len({tuple(trial.user_attrs["process"]) for trial in trials}) == 2
 
 
+def test_a_search_is_not_written_among_the_files_of_something_else(data: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder of a search: it holds catalogue, .*a new folder, or that of a"):
+        commands.tune_train(data, data, minutes=1)
+
+
 def test_what_is_given_is_not_varied_and_the_recipe_lies_in_the_space(tmp_path: Path) -> None:
     recipe = Recipe.load("long", {"model.dropout": 0.9})
     space = space_around(recipe, None, {"model.d_model": 128})

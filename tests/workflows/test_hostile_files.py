@@ -260,8 +260,8 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     for out, told in (
         (file, "file is a file; expected: a folder"),
         (file / "run", "file is a file; expected: a folder"),
-        (tmp_path / "data", "is no run folder: it holds catalogue, etl.json, request_workflow, …; expected: a new"),
-        (tmp_path / "pictures", "is no run folder: it holds a.png; expected: a new folder, or that of a run. choose"),
+        (tmp_path / "data", "is no folder of a run: it holds catalogue, request_workflow, schema.pbtxt, …; expected"),
+        (tmp_path / "pictures", "is no folder of a run: it holds a.png; expected: a new folder, or that of a run. c"),
     ):
         for command in (words, ["pretrain", "--data", str(tmp_path / "data"), "--out"]):
             ran = CliRunner().invoke(app, [*command, str(out)])
@@ -273,8 +273,11 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "left", ["", "log.jsonl", "state.safetensors", "checkpoint", "tensorboard", ".run.json-host-1-x"]
 )
-def test_what_a_killed_training_leaves_is_a_run_folder(left: str, tmp_path: Path) -> None:
+def test_a_run_goes_where_a_killed_one_was_and_beside_logs_and_settings(left: str, tmp_path: Path) -> None:
+    """A script may redirect messages into the folder, and put the recipe there."""
     (tmp_path / "run" / left).mkdir(parents=True)
+    for name in ("train.log", "slurm-7.out", "recipe.yaml", "job.json"):
+        (tmp_path / "run" / name).touch()
     require_run_folder(tmp_path / "run")
 
 

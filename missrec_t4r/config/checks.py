@@ -27,8 +27,8 @@ def field_names(config: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
-def refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Refuse a name that is no setting, and suggest the nearest known one.
+def refuse_unknown(given: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Refuse a name that is not known, and suggest the nearest one that is; ``what`` stands before it in the error.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> No
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             cure = f"did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown setting {where}.{name}", f"one of {', '.join(known)}", cure)
+            raise ConfigError(f"unknown {what}{name}", f"one of {', '.join(known)}", cure)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

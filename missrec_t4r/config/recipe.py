@@ -155,7 +155,7 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
 
 def _resolve(file: _File, extended_by: tuple[_File, ...] = ()) -> dict[str, dict[str, Any]]:
     """Return a recipe's sections, those of the recipe that it extends filled in."""
-    refuse_unknown(file.content, ["name", "extends", *SECTIONS], "recipe")
+    refuse_unknown(file.content, ["name", "extends", *SECTIONS], "setting recipe.")
     chain = (*extended_by, file)
     base: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if (extends := file.content.get("extends")) is not None:
@@ -184,7 +184,7 @@ def _section(content: Mapping[str, Any], section: str) -> dict[str, Any]:
             f"{section}: is {settings!r}", "a mapping of settings", f"write {section}: {{setting: value}}"
         )
     settings = current_settings(settings, section)
-    refuse_unknown(settings, field_names(SECTIONS[section]), section)
+    refuse_unknown(settings, field_names(SECTIONS[section]), f"setting {section}.")
     return settings
 
 
@@ -197,7 +197,7 @@ def _overridden(sections: dict[str, dict[str, Any]], overrides: Mapping[str, Any
             homes = [f"{where}.{name}" for where, config in SECTIONS.items() if name in field_names(config)]
             cure = f"try {' or '.join(homes or [f'model.{key}', f'train.{key}'])}"
             raise ConfigError(f"setting {key!r}", "model.NAME, train.NAME or pretrain.NAME", cure)
-        refuse_unknown([section], list(SECTIONS), "recipe")
+        refuse_unknown([section], list(SECTIONS), "setting recipe.")
         given[section][setting] = value
     return {section: values | _section(given, section) for section, values in sections.items()}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from missrec_t4r.errors import ConfigError
+from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.pages.charts import bars
 
 _STYLE = (
@@ -53,7 +52,7 @@ class Evaluation:
             An unknown metric or protocol.
         """
         self._require_metric(metric)
-        _require("protocol", protocol, self.report["protocols"])
+        refuse_unknown([protocol], list(self.report["protocols"]), "protocol ")
         rows = {
             name: {"n": part["n"], **{system: values.get(metric) for system, values in part.get(protocol, {}).items()}}
             for name, part in self.report["slices"].items()
@@ -81,7 +80,7 @@ class Evaluation:
         if slices:
             title, systems_by_panel = f"{metric} by slice of {self.report['split']}", {}
             for name in [slices] if isinstance(slices, str) else slices:
-                _require("slice", name, self.report["slices"])
+                refuse_unknown([name], list(self.report["slices"]), "slice ")
                 part = self.report["slices"][name]
                 systems_by_panel[f"{name} (n={part['n']})"] = part.get("excluded", {})
         panels = [
@@ -94,7 +93,7 @@ class Evaluation:
 
     def _require_metric(self, metric: str) -> None:
         measured = (values for systems in self.report["protocols"].values() for values in systems.values())
-        _require("metric", metric, dict.fromkeys(name for values in measured for name in values))
+        refuse_unknown([metric], list(dict.fromkeys(name for values in measured for name in values)), "metric ")
 
     def _repr_html_(self) -> str:
         return str(self.to_frame().style.format("{:.4f}", na_rep="-").to_html())
@@ -102,16 +101,6 @@ class Evaluation:
     def __repr__(self) -> str:
         """Return the table as text."""
         return str(self.to_frame().round(4))
-
-
-def _require(kind: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that the evaluation does not have, with the nearest one."""
-    names = list(known)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        raise ConfigError(
-            f"{kind} {name!r}", f"one of {', '.join(names)}", f"did you mean {near[0]!r}?" if near else ""
-        )
 
 
 class Chart:

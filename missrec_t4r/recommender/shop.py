@@ -111,7 +111,7 @@ class Shop:
         DataError, SchemaError, ConfigError
             As ``missrec etl`` and ``missrec features`` raise them.
         """
-        refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "etl")
+        refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "setting etl.")
         text, words = ([names] if isinstance(names, str) else list(names) for names in (text, words))
         arrays = arrays_of(vectors)
         tables = {_EVENTS_FILE: _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")}

@@ -46,7 +46,7 @@ class PartSettings:
             )
         self.part, self.config = part, config
         self.overrides = current_settings(overrides, part)
-        refuse_unknown(self.overrides, field_names(MISSRecConfig), part)
+        refuse_unknown(self.overrides, field_names(MISSRecConfig), f"setting {part}.")
         refuse(type_errors(MISSRecConfig, self.overrides), f"correct the arguments of {part}")
         self.used: dict[str, Any] = {}
         """Settings that the part has already built something with."""

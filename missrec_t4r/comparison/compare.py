@@ -25,7 +25,7 @@ from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import KEPT_STRICT, PROTOCOLS
 from missrec_t4r.evaluation.metrics import KS, bootstrap_intervals, metrics, paired_differences, users_of
 from missrec_t4r.evaluation.slices import slices
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import write_text
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.runs.evaluate import ALL_BASELINES, EVALUATED_SPLITS, checked_baselines
 from missrec_t4r.runs.run_folder import versions
@@ -163,8 +163,7 @@ def compare(
     if files:
         pictures = thumbnails(benchmark.catalogue, shown_ids(report["examples"]), column=image_column, images=images)
         write_json(files[0], report, allow_nan=False)
-        with atomic_write_file(files[1]) as file:
-            file.write_text(page(report, pictures), encoding="utf-8")
+        write_text(files[1], page(report, pictures))
         report |= {"report": str(files[0]), "page": str(files[1])}
     return report
 

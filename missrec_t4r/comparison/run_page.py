@@ -32,7 +32,7 @@ from missrec_t4r.etl.features.thumbnails import thumbnails
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, PROTOCOL_TITLES, rank_systems
 from missrec_t4r.evaluation.metrics import CRITERION
 from missrec_t4r.evaluation.report import with_current_names
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import write_text
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.score_terms import ScoreTerms
 from missrec_t4r.pages.charts import bars, line, number
@@ -131,8 +131,7 @@ def run_page(
     about = f"{run}, data {report['data']}, {split} sessions"
     above = headline(result, words) + _numbers(report, info)
     page = document(f"Run {name}", f"Run {name}", about, sections, above=above, style=COMPARISON_STYLE)
-    with atomic_write_file(file) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(file, page)
     systems = report["protocols"][EXCLUDED]
     value, network = systems[_main(systems)][CRITERION], systems.get(NETWORK, {}).get(CRITERION)
     added = None if network is None else value - network

@@ -288,6 +288,12 @@ def atomic_write_file(file: Path) -> Iterator[Path]:
             temporary.replace(file)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8 as `atomic_write_file` does."""
+    with atomic_write_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def link_or_copy(file: Path, target: Path) -> None:
     """Hard-link a file, or copy it where that cannot be."""
     try:

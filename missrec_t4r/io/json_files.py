@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import DataError
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import write_text
 
 
 class JSONFileError(DataError, ValueError):
@@ -45,9 +45,7 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2, allow_nan: b
     DataError
         The disk is full or read-only.
     """
-    text = json.dumps(content, indent=indent, allow_nan=allow_nan, default=to_plain)
-    with atomic_write_file(file) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=indent, allow_nan=allow_nan, default=to_plain) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:

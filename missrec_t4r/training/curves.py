@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import write_text
 from missrec_t4r.runs.run_folder import LOG_FILE
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -39,8 +39,7 @@ class Curves:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
             earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
             if earlier != lines:
-                with atomic_write_file(self.file) as temporary:
-                    temporary.write_text("".join(earlier), encoding="utf-8")
+                write_text(self.file, "".join(earlier))
         self.writer = _writer(out / TENSORBOARD_FOLDER, step) if tensorboard else None
 
     def step(self, number: int, values: Mapping[str, float]) -> None:

@@ -26,7 +26,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.config.checks import changed_settings, require_at_least, require_positive
 from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
-from missrec_t4r.io.atomic import atomic_write_file, is_running
+from missrec_t4r.io.atomic import is_running, write_text
 from missrec_t4r.io.lock import locked
 from missrec_t4r.runs.run_cache import require_run_folder
 from missrec_t4r.training import distributed
@@ -275,8 +275,7 @@ class _Search:
                 PAGE_FILE: page(trials, best.number, self.base.name),
             }
             for name, text in files.items():
-                with atomic_write_file(self.out / name) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+                write_text(self.out / name, text)
 
     def result(self, data: Path, stopped_by: str) -> dict[str, Any]:
         """Return what the search has found so far."""

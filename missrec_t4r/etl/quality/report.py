@@ -21,7 +21,7 @@ from missrec_t4r.errors import ConfigError, GateError
 from missrec_t4r.etl.quality.checks import CHECKS
 from missrec_t4r.etl.quality.page import page
 from missrec_t4r.etl.quality.statistics import ReportData, compute_statistics
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import write_text
 from missrec_t4r.io.hashing import data_digest
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.io.key_names import read_with_current_keys
@@ -132,8 +132,7 @@ def _write(out: Path, name: str, content: Mapping[str, Any], replaced: Mapping[s
             write_json(out / PREVIOUS_FILE, replaced)
         for stale in (out / "refused.html", out / "refused.json"):
             stale.unlink(missing_ok=True)
-    with atomic_write_file(out / f"{name}.html") as file:
-        file.write_text(page(content), encoding="utf-8")
+    write_text(out / f"{name}.html", page(content))
     write_json(out / f"{name}.json", content)
 
 

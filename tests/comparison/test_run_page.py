@@ -87,7 +87,7 @@ def test_a_page_elsewhere_of_another_split(run: Path, tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run.json"):
         commands.run_page(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="^`split` train; expected"):
+    with pytest.raises(ConfigError, match="^split=.train.; expected"):
         commands.run_page(run, split="train")  # type: ignore[arg-type]  # what a user may type
 
 

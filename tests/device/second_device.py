@@ -277,6 +277,8 @@ def second_device() -> Iterator[list[str]]:
             "set_rng_state": lambda state, device=None: None,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            if hasattr(torch.cuda.random, name):  # where transformers calls it
+                stack.enter_context(mock.patch.object(torch.cuda.random, name, value))
         stack.enter_context(mock.patch.object(torch._C._nn, "_parse_to", _parse_to))
         stack.enter_context(operations)
         stack.enter_context(_Calls(operations))

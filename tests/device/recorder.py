@@ -68,7 +68,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.results, self.replays = list[Tensor](), 0
+        self.device, self.results, self.replays = device, list[Tensor](), 0
 
     @contextmanager
     def on_its_stream(self) -> Iterator[None]:

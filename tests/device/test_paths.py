@@ -20,7 +20,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking import sasrec
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.scorer import ModelScorer
-from missrec_t4r.retrieval import topk
+from missrec_t4r.retrieval import graphed_encoder, topk
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.evaluate import evaluate_sessions
@@ -32,6 +32,7 @@ from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.in_process import InProcessTransport
 from missrec_t4r.training.pretrain import pretrain
 from tests import shop
+from tests.device.recorder import Recorder
 from tests.device.second_device import second_device
 from tests.serving import shop as served
 
@@ -171,6 +172,28 @@ def test_ranking_with_every_rule(run: Path, monkeypatch: pytest.MonkeyPatch, tog
     assert found.rows.tolist() == expected.rows.tolist()
     assert found.n_items.tolist() == expected.n_items.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"interest_ratio": 0.0, "n_decoder_layers": 2},
+        {"interest_ratio": 0.0, "attention": "bidirectional", "sequence_fusion": "contextual"},
+    ],
+)
+def test_recorded_sessions_are_ranked_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    monkeypatch.setattr(graphed_encoder, "GraphRecorder", Recorder)
+    catalogue, rng = served.catalogue(), np.random.default_rng(0)
+    rows = served.padded([rng.integers(0, catalogue.n_rows, length) for length in (0, 1, 3, 8, 8, 5)])
+    expected = Ranker(served.model_for(catalogue, **settings), catalogue).rank(rows, top_k=5)
+    with second_device():
+        ranker = Ranker(served.model_for(catalogue, **settings), catalogue, device="cuda:0", batch_size=4)
+        found = ranker.rank(rows, top_k=5)
+    assert isinstance(ranker._encode, graphed_encoder.GraphedEncoder)
+    assert sorted(ranker._encode.graphs) == [(1, 8), (2, 8), (4, 8)]
+    assert found.rows.tolist() == expected.rows.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
 
 
 def test_export_and_serving_from_the_bundle(run: Path, tmp_path: Path) -> None:

@@ -181,6 +181,6 @@ def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         completed = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except OSError:  # there is no git, as in the images
+    except OSError:  # there is no git, as in slim containers
         return "unknown"
     return completed.stdout.strip() or "unknown"

@@ -91,7 +91,7 @@ def test_where_torch_finds_no_gpu_the_parts_say_why_and_do_not_fill_the_memory_o
 
 
 def test_the_result_is_written_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the image of ETL and training: the check would end before its first part."""
+    """As in slim containers: the check would end before its first part."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert json.loads(write_result("gpu-check", {}, tmp_path).read_text())["commit"] == "unknown"
 

@@ -20,7 +20,7 @@ Frame = Any
 
 
 def arrow_table(frame: Frame, name: str, ids: Sequence[str] = ()) -> pa.Table:
-    """Return a frame as an Arrow table; the index of a pandas frame is left out.
+    """Return a frame as an Arrow table; the index of a pandas or cuDF frame is left out.
 
     Parameters
     ----------
@@ -49,7 +49,9 @@ def _converted(frame: Frame, name: str) -> pa.Table:
         frame = frame.collect()
     if hasattr(kind, "compute"):  # of Dask, merlin.io.Dataset
         frame = frame.compute()
-    if hasattr(type(frame), "to_arrow"):  # polars.DataFrame, duckdb relations
+    if hasattr(type(frame), "to_arrow"):  # polars.DataFrame, duckdb relations, cudf.DataFrame
+        if hasattr(type(frame), "reset_index"):  # cuDF makes a column of an index, after a filter for example
+            frame = frame.reset_index(drop=True)
         table = frame.to_arrow()
         return table if isinstance(table, pa.Table) else pa.table(table)
     if not (hasattr(frame, "columns") and hasattr(frame, "iloc")):

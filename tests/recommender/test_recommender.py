@@ -24,6 +24,7 @@ from missrec_t4r.errors import BundleError, ConfigError, DataError, MISSRecError
 from missrec_t4r.pages.charts import number
 from missrec_t4r.recommender.frames import arrow_table, write_parquet
 from missrec_t4r.recommender.shop import command_line
+from tests.workflows import strict_cudf
 
 N_USERS, N_ITEMS = 60, 40
 WORDS = ("lamp", "desk", "chair", "shelf", "rug")
@@ -290,6 +291,13 @@ def test_ids_of_a_csv_keep_their_zeros(tables: Any, tmp_path: Path) -> None:
 def test_columns_may_have_the_names_of_methods_of_other_frames() -> None:
     names = ["compute", "collect", "lazy", "to_arrow"]
     assert arrow_table(pd.DataFrame({name: [1.0] for name in names}), "events").column_names == names
+
+
+def test_an_index_of_cudf_is_no_column() -> None:
+    frame = strict_cudf.DataFrame({"price": [1.0, 0.0, 2.0]})
+    paid = frame[frame["price"] > 0]
+    assert paid.to_arrow().column_names == ["price", "index"]
+    assert arrow_table(paid, "events").to_pydict() == {"price": [1.0, 2.0]}
 
 
 def test_findings_and_missing_vectors_are_in_sight(tables: Any, tmp_path: Path) -> None:

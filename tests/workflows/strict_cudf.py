@@ -273,6 +273,11 @@ class DataFrame:
     def groupby(self, by: Sequence[str]) -> Any:
         return GroupBy(self._frame.groupby(list(by), sort=False))
 
+    def to_arrow(self, preserve_index: bool | None = None) -> pa.Table:
+        index = self._frame.index
+        columns = dict(self._arrays())
+        return pa.table(columns if isinstance(index, pd.RangeIndex) else columns | {"index": pa.array(index)})
+
     def to_pandas(self) -> pd.DataFrame:
         return pd.DataFrame({name: self[name].to_pandas() for name in self.columns})
 

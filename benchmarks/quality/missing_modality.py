@@ -71,6 +71,8 @@ def measure(run: Path) -> dict[str, Any]:
     cases = {"nothing": dict.fromkeys(names, nothing)}
     for name in names:
         cases[f"all {name}"] = {**cases["nothing"], name: ~nothing}
+    if {"text", "words"} <= set(names):  # both come from the same texts
+        cases["all text and words"] = {**cases["nothing"], "text": ~nothing, "words": ~nothing}
     rng = np.random.default_rng(_SEED)
     several = np.sum([modality.present for modality in catalogue.modalities.values()], 0) > 1
     half = several & (rng.random(catalogue.n_rows) < 0.5) & (np.arange(catalogue.n_rows) >= FIRST_ITEM_ROW)

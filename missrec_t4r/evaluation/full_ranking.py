@@ -353,12 +353,12 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k < 1:
         return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
     best, rows = scores.topk(k, dim=1)
-    crowded = torch.nonzero(n_true(scores >= best[:, -1:]) > k).flatten()  # more items have the last score than fit
-    if len(crowded):
-        own, last = scores[crowded], best[crowded, -1:]
-        tied, n_tied = own == last, k - n_true(own > last)[:, None]  # ties to take: the lowest rows
-        chosen = (own > last) | (tied & (tied.cumsum(1, dtype=torch.int32) <= n_tied))
-        rows[crowded] = chosen.nonzero()[:, 1].view(-1, k)
+    crowded = n_true(scores >= best[:, -1:]) > k  # [batch]: more items have the last score than fit
+    if bool(crowded.any()):
+        fits = (best == best[:, -1:]) & crowded[:, None]  # [batch, k]: places of the ties, for their lowest rows
+        tied = scores[crowded] == best[crowded, -1:]
+        tied &= tied.cumsum(1, dtype=torch.int32) <= n_true(fits)[crowded, None]
+        rows[fits] = tied.nonzero()[:, 1]
     rows = rows.sort(dim=1).values  # ascending, so that a stable sort keeps the order of ties
     best, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
     return best, rows.gather(1, order)

@@ -161,12 +161,12 @@ def read_jobs(file: Path, folders: Mapping[str, str], *, device: str = "auto", o
         raise ConfigError(f"{file} cannot be read ({reason})", "a YAML file with runs:") from error
     if not isinstance(content, Mapping) or not content.get("runs"):
         raise ConfigError(f"{file} has no runs", "a YAML file with runs:", "benchmarks/quality/grid_gpu.yaml is one")
-    refuse_unknown(content, ["evaluate", "runs"], str(file))
+    refuse_unknown(content, ["evaluate", "runs"], f"setting in {file}: ")
     evaluate = list(content.get("evaluate", SPLITS))
-    refuse_unknown(evaluate, list(SPLITS), f"{file}: evaluate")
+    refuse_unknown(evaluate, list(SPLITS), f"split in {file}: ")
     jobs: list[Job] = []
     for entry in content["runs"]:
-        refuse_unknown(entry, ["name", "data", "recipe", "seeds", "set"], f"{file}: runs")
+        refuse_unknown(entry, ["name", "data", "recipe", "seeds", "set"], f"setting of a run in {file}: ")
         name, data, settings = entry["name"], entry["data"], dict(entry.get("set") or {})
         if not re.fullmatch(r"[\w.+-]+", name):
             raise ConfigError(f"{file}: the name {name!r}", "letters, digits, and . _ + -", "it names a folder")

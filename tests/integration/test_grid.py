@@ -132,7 +132,7 @@ def test_finished_lines_are_not_taken_for_those_of_other_data(
     ("run", "words"),
     [
         ({"name": "a", "set": {"model.d_modell": 8}}, "d_modell"),
-        ({"name": "a", "seed": 3}, "seed"),
+        ({"name": "a", "seed": 3}, "unknown setting of a run in .*: seed; .* did you mean 'seeds'"),
         ({"name": "../a"}, "names a folder"),
         ({"name": "a", "data": "other"}, "nothing to train"),
         ({"name": "a", "seeds": [1, 1]}, "twice"),
@@ -145,7 +145,15 @@ def test_a_wrong_settings_file_is_refused_before_anything_trains(
         _jobs(tmp_path, data, run)
 
 
-@pytest.mark.parametrize(("text", "words"), [("runs: [", "cannot be read"), ("evaluate: [test]", "has no runs")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("runs: [", "cannot be read"),
+        ("evaluate: [test]", "has no runs"),
+        ("run: []\nruns: [{}]", "unknown setting in .*mine.yaml: run; .* did you mean 'runs'"),
+        ("evaluate: [tset]\nruns: [{}]", "unknown split in .*mine.yaml: tset; .* did you mean 'test'"),
+    ],
+)
 def test_a_settings_file_without_runs_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):

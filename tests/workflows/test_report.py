@@ -246,6 +246,7 @@ def test_a_dry_run_names_no_page_as_if_it_were_there(shop: Path, caplog: pytest.
     [
         ("event: {min: 1}", r"bounds 'event', which is not measured .* a measure such as events"),
         ("share.nul_item_id: {max: 0}", r"bounds 'share.nul_item_id', .* a measure such as share.null_item_id"),
+        ("qqq: {min: 1}", "bounds 'qqq', .* a measure such as events, sessions, users, items"),
         ("events: 5", "sets 5 for events"),
         ("events: {least: 5}", "sets {'least': 5} for events"),
         ("- events", "for the file"),

@@ -171,7 +171,8 @@ def apply_gate(statistics: Mapping[str, Any], bounds: Mapping[str, Mapping[str, 
     >>> apply_gate({"events": 5}, {"events": {"min": 10}, "share.null_item_id": {"max": 0.1}})[0]["passed"]
     False
     """
-    return check_bounds({**dict.fromkeys(_SHARES, 0.0), **dict.fromkeys(_DRIFT), **statistics}, bounds)
+    usual = {**dict.fromkeys(_SHARES, 0.0), **dict.fromkeys(_DRIFT)}
+    return check_bounds({**statistics, **usual, **statistics}, bounds)  # errors name the first ones
 
 
 def check_bounds(measures: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

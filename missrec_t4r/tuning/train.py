@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 STUDY_FILE, BEST_FILE, PAGE_FILE = "study.db", "best.yaml", "trials.html"
 _MADE_FROM, _BY, _ENDED = "made_from", "process", "ended"
 """Attributes of a study and of its trials."""
+_REFUSED: Final = "refused"
+"""What ended a trial whose settings do not fit together, or not into the GPU."""
 _WITHOUT_PRUNING: Final = 4
 """Finished trials before any is pruned."""
 _FIRST_EPOCHS: Final = 2
@@ -179,7 +181,7 @@ class _Search:
                 if refused >= _MOST_FAILURES:
                     raise ConfigError(
                         f"the last {refused} draws were refused, see the log",
-                        "settings that fit together",
+                        "settings that fit together, and into the GPU",
                         "edit --space",
                     )
                 self.write()
@@ -232,12 +234,13 @@ class _Search:
         from optuna.trial import TrialState
 
         log.warning(f"trial {trial.number} is refused: {error}")
-        trial.set_user_attr(_ENDED, "refused")
+        trial.set_user_attr(_ENDED, _REFUSED)
         self.study.tell(trial, state=TrialState.FAIL)
 
     def best(self) -> optuna.trial.FrozenTrial | None:
-        """Return the trial with the best validation epoch, whether it ran to its end or not."""
-        return max(self._measured(), key=_value, default=None)
+        """Return the trial with the best validation epoch, whether it ran to its end or not; none that was refused."""
+        kept = (trial for trial in self._measured() if trial.user_attrs.get(_ENDED) != _REFUSED)
+        return max(kept, key=_value, default=None)
 
     def _measured(self) -> list[optuna.trial.FrozenTrial]:
         """Return the trials with at least one validation."""

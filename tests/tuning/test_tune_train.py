@@ -147,8 +147,9 @@ def test_a_trial_that_does_not_fit_into_a_gpu_is_refused_and_the_search_goes_on(
         study.enqueue_trial({"train.batch_size": size})
     take = Trainer._step
 
-    def step(trainer: Trainer, *given: Any) -> Any:
+    def step(trainer: Any, *given: Any) -> Any:
         if trainer.recipe.train.batch_size == 128 and trainer.status["epoch"] == 1:
+            trainer.trial.report(1.0, 2)  # whatever it has reached
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return take(trainer, *given)
 
@@ -157,6 +158,7 @@ def test_a_trial_that_does_not_fit_into_a_gpu_is_refused_and_the_search_goes_on(
     assert found["trials"] == {"complete": 2, "fail": 1}
     assert "trial 1 is refused: a training that does not fit into the GPU's memory" in caplog.text
     assert "<td>refused</td>" in Path(found["page"]).read_text()
+    assert found["best_trial"] != 1  # its recipe could not be trained
 
 
 @needs_optuna

@@ -26,6 +26,8 @@ _RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, "checkpoint", 
 """What shows that a folder is that of a run; a killed training may have left one of them alone."""
 _NOTES: Final = {".log", ".txt", ".out", ".err", ".yaml", ".yml", ".json"}
 """Logs and settings, which scripts put into the folder of a run before it begins."""
+_NOTE_FOLDERS: Final = {"logs", "lost+found"}
+"""Folders of logs, and of a disk that is mounted there."""
 
 
 def run_key(data: Sequence[Path], settings: Mapping[str, Any], source: Path | None = None) -> str:
@@ -68,7 +70,9 @@ def require_run_folder(out: Path, kind: str = "run", parts: Set[str] = _RUN_PART
     if file := next((part for part in (out, *out.parents) if part.is_file()), None):
         raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
     there = {path.name for path in out.iterdir()} if out.exists() else set()
-    others = sorted(name for name in there if not name.startswith(".") and Path(name).suffix not in _NOTES)
+    others = sorted(
+        name for name in there - _NOTE_FOLDERS if not name.startswith(".") and Path(name).suffix not in _NOTES
+    )
     if others and parts.isdisjoint(there):
         found = f"--out {out} is no folder of a {kind}: it holds {', '.join(others[:3])}{', …' if others[3:] else ''}"
         raise ConfigError(found, f"a new folder, or that of a {kind}", "choose another --out")

@@ -271,7 +271,8 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "left", ["", "log.jsonl", "state.safetensors", "checkpoint", "tensorboard", ".run.json-host-1-x"]
+    "left",
+    ["", "log.jsonl", "state.safetensors", "checkpoint", "tensorboard", ".run.json-host-1-x", "logs", "lost+found"],
 )
 def test_a_run_goes_where_a_killed_one_was_and_beside_logs_and_settings(left: str, tmp_path: Path) -> None:
     """A script may redirect messages into the folder, and put the recipe there."""

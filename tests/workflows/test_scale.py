@@ -185,8 +185,9 @@ import sys
 from missrec_t4r.etl.engine.executor import open_executor
 
 def waits(seen):
-    import pathlib, time
-    pathlib.Path(seen).touch()
+    import os, pathlib, time
+    pathlib.Path(seen + "-").write_text(str(os.getpid()))
+    pathlib.Path(seen + "-").rename(seen)
     time.sleep(100)
 
 try:
@@ -197,8 +198,9 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(tmp_path: Path) -> None:
-    """A terminal sends it to the workers, too."""
+@pytest.mark.parametrize("answers", [True, False])
+def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool, tmp_path: Path) -> None:
+    """A terminal sends it to the workers, too; one that hangs, as on a network disk, is not waited for."""
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "seen")]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -206,6 +208,8 @@ def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(tmp_path: Pat
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    if not answers:
+        os.kill(int((tmp_path / "seen").read_text()), signal.SIGSTOP)
     os.killpg(run.pid, signal.SIGINT)
     assert run.communicate(timeout=60)[1] == "interrupted\n"
     deadline = time.monotonic() + 30  # Python's own tracker of resources ends after them

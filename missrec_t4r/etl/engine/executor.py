@@ -25,6 +25,8 @@ CONNECT_TIMEOUT = 20.0
 """Seconds within which a scheduler must answer."""
 WORKER_TIMEOUT = 30.0
 """Seconds without a worker before a run stops; a cluster manager may be restarting workers."""
+_HUSH_TIMEOUT = 5.0
+"""Seconds in which workers answer before they are stopped."""
 _RETRIES = 3
 
 
@@ -137,8 +139,8 @@ def open_executor(scheduler: str = "threads", workers: int | None = None, *, gpu
                 yield ClusterExecutor(client)
             except KeyboardInterrupt:
                 _hush()
-                with suppress(Exception):  # of workers that are gone
-                    client.run(_hush)
+                with suppress(Exception):  # of workers that are gone, or do not answer in time
+                    client.sync(client._run, _hush, callback_timeout=_HUSH_TIMEOUT)  # `Client.run` waits for ever
                 raise
     elif "://" in scheduler:
         with _connect(scheduler) as client:

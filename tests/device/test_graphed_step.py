@@ -128,7 +128,8 @@ def _loss_and_gradients(
         ("paper", {}),
         ("paper", {"train.group_by_length": False}),
         ("default", {"train.clip_norm": 0.5}),
-        ("long", {"model.n_decoder_layers": 2}),
+        ("long", {}),
+        ("long", {"model.interest_ratio": 0.3}),
         ("tiny", {}),
     ],
 )

@@ -120,7 +120,8 @@ def test_the_rate_of_an_epoch_counts_the_work_that_the_device_has_left(
         ("default", {}, ("text", "image")),
         ("default", {"model.candidate_fusion": "dynamic_shared"}, ("text",)),
         ("default", {"train.accumulate": 2, "train.clip_norm": 1.0}, ("text", "image")),
-        ("long", {"model.n_decoder_layers": 2}, ("text", "image")),
+        ("long", {}, ("text", "image")),
+        ("long", {"model.interest_ratio": 0.3}, ("text", "image")),
         (
             "tiny",
             {"model.attention": "bidirectional", "model.sequence_fusion": "contextual", "train.ema_decay": 0.9},

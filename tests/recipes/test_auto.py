@@ -48,7 +48,7 @@ def test_short_sessions_are_trained_as_default_and_long_ones_as_long(short: Path
 def test_a_gpu_gets_a_wider_model_where_sessions_are_long_and_many() -> None:
     cpu, gpu = by_rules(MOVIES._replace(device="cpu")).recipe, by_rules(MOVIES).recipe
     assert gpu.model.d_model > cpu.model.d_model
-    assert (cpu.train.epochs, cpu.model) == (20, Recipe.load("long").model)  # an epoch takes minutes there
+    assert cpu == dataclasses.replace(Recipe.load("long"), name="auto")
     few = by_rules(MOVIES._replace(events=50_000)).recipe  # too few to fill a large model
     assert few == dataclasses.replace(Recipe.load("long"), name="auto")
     assert by_rules(MOVIES._replace(median=6)).recipe.model == Recipe.load("default").model

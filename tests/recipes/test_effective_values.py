@@ -90,7 +90,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     | {
         "model.d_model": 128,
         "model.max_sequence_length": 200,
-        "model.interest_ratio": 0.02,
+        "model.dropout": 0.1,
         "model.temperature": 0.05,
         "model.modality_dropout": 0.1,
         "model.id_dropout": 0.05,

@@ -181,8 +181,10 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from missrec_t4r.etl.engine.executor import open_executor
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 
 def waits(seen):
     import os, pathlib, time
@@ -201,7 +203,8 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("answers", [True, False])
 def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool, tmp_path: Path) -> None:
     """A terminal sends it to the workers, too; one that hangs, as on a network disk, is not waited for."""
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "seen")]
+    port_in_use = "ignore:Port:UserWarning"  # by a cluster of another test
+    command = [sys.executable, "-W", port_in_use, "-c", INTERRUPTED, str(tmp_path / "seen")]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "seen").exists():

@@ -51,7 +51,7 @@ def run_or_reuse(
     """
     result = lookup(out, key) if resume else None
     if result is not None:
-        log.info(f"{out} is a finished run of the same data and settings; `missrec train --restart` trains again")
+        log.info(f"{out} is a finished run of the same data and settings; `--restart` of its own command trains again")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
     if resume and recipe is not None and (out / RUN_FILE).is_file():
         changed = differences(out, recipe)

@@ -16,6 +16,7 @@ from missrec_t4r.etl.gpu.device import obstacle
 
 HAS_CUDF = obstacle() is None
 """Whether there are cuDF and a GPU that it sees."""
+needs_cudf = pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF, a CUDA device, and MISSREC_TEST_GPU=1")
 
 
 def to_cudf(frame: pd.DataFrame) -> Any:
@@ -29,7 +30,7 @@ FRAMES = [
     pytest.param(
         to_cudf,
         id="cudf",
-        marks=pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device"),
+        marks=needs_cudf,
     ),
 ]
 

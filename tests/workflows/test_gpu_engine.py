@@ -15,7 +15,7 @@ from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import pipeline
 from missrec_t4r.etl.gpu import device as gpu
 from missrec_t4r.etl.pipeline import etl
-from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles
+from tests.workflows.frame_kinds import PandasFiles, needs_cudf
 from tests.workflows.tables import EVENTS, ITEMS, write
 from tests.workflows.test_scale import OPTIONS, same_folder, shop, table
 
@@ -55,7 +55,7 @@ MORE: list[dict[str, Any]] = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
+@needs_cudf
 @pytest.mark.parametrize("number", range(len(OPTIONS + MORE)))
 def test_the_folder_is_the_cpus_on_a_gpu(tmp_path: Path, number: int) -> None:
     assert_same(tmp_path, write(tmp_path / "raw", shop(number)), **(OPTIONS + MORE)[number])

@@ -32,7 +32,7 @@ from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.task import Task
 from tests.workflows import strict_cudf
-from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles
+from tests.workflows.frame_kinds import HAS_CUDF, PandasFiles, needs_cudf
 from tests.workflows.tables import write
 from tests.workflows.test_cluster import cluster
 from tests.workflows.test_gpu_engine import MORE, compare
@@ -447,7 +447,7 @@ def pool() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("pool")
-@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
+@needs_cudf
 def test_more_events_than_a_pool_of_2_gib_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from benchmarks.speed.etl import generate, sessions_of
 
@@ -461,7 +461,7 @@ def test_more_events_than_a_pool_of_2_gib_holds(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
+@needs_cudf
 @pytest.mark.parametrize(
     ("number", "scheduler"), [(2, "processes"), *((number, "threads") for number in range(len(OPTIONS + MORE)))]
 )

@@ -16,7 +16,7 @@ import pytest
 from missrec_t4r.etl.dataframe import CudfFrames
 from missrec_t4r.etl.installed import has_cudf
 from missrec_t4r.etl.nvt import cudf_compat as cudf_shim
-from tests.workflows.frame_kinds import HAS_CUDF
+from tests.workflows.frame_kinds import needs_cudf
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, ModuleType]:
@@ -153,7 +153,7 @@ else:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDF, reason="needs cuDF and a CUDA device")
+@needs_cudf
 def test_merlin_imports_on_rapids() -> None:
     import cudf
 

@@ -120,11 +120,7 @@ def compare(
     """
     require_at_least(1, max_sequence_length=max_sequence_length)
     extra = checked_baselines(baselines, OF_A_RUN)
-    if isinstance(systems, Mapping):
-        systems = {**systems, **{name: name for name in extra}}
-    else:
-        systems = [*systems, *(name for name in extra if name not in systems)]
-    chosen = named(systems, trust_pickle=trust_pickle, max_sequence_length=max_sequence_length)
+    chosen = named(systems, extra, trust_pickle=trust_pickle, max_sequence_length=max_sequence_length)
     folder = None if out is None else Path(out)
     if folder is not None and folder.is_file():
         raise ConfigError(f"--out {out} is a file", "a folder for the comparison", "give another --out")

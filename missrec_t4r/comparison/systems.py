@@ -310,9 +310,13 @@ class ListFile(System):
 
 
 def named(
-    systems: Mapping[str, Any] | Sequence[Any], *, trust_pickle: bool = False, max_sequence_length: int | None = None
+    systems: Mapping[str, Any] | Sequence[Any],
+    baselines: Sequence[str] = (),
+    *,
+    trust_pickle: bool = False,
+    max_sequence_length: int | None = None,
 ) -> list[System]:
-    """Return the systems that were asked for, with their labels.
+    """Return the systems that were asked for and the baselines beside them, with their labels.
 
     Raises
     ------
@@ -322,6 +326,7 @@ def named(
         A path is nothing that can be compared.
     """
     pairs = [*systems.items()] if isinstance(systems, Mapping) else [_labelled(system) for system in systems]
+    pairs += [(name, name) for name in baselines if ("", name) not in pairs and (name, name) not in pairs]
     values = [list(value) if isinstance(value, list | tuple) else [value] for _, value in pairs]
     everything = [value for of_one_system in values for value in of_one_system]
     labels = [name or _label(seeds[0], everything) for (name, _), seeds in zip(pairs, values, strict=True)]
@@ -354,10 +359,16 @@ def _label(value: Any, everything: Sequence[Any]) -> str:
     """Return the shortest end of a path that no other system has."""
     if not isinstance(value, str | Path):
         return type(value).__name__
-    names = Path(value).with_suffix("").parts
+    paths = [_parts(other) for other in everything if isinstance(other, str | Path)]
+    names = _parts(value)
     ends = (names[-n:] for n in range(1, len(names) + 1))
-    paths = [Path(other).with_suffix("").parts for other in everything if isinstance(other, str | Path)]
     return str(Path(*next((end for end in ends if sum(path[-len(end) :] == end for path in paths) == 1), names)))
+
+
+def _parts(path: str | Path) -> tuple[str, ...]:
+    """Return the parts of a path, without the suffix of a parquet file; the number of ``run-0.5`` is none."""
+    path = Path(path)
+    return (path.with_suffix("") if path.suffix == ".parquet" else path).parts
 
 
 def _system(name: str, value: Any, trust_pickle: bool, max_sequence_length: int | None) -> System:

@@ -75,6 +75,7 @@ def write_run(folder: Path, data: Path, seed: int, trained: Sequence[Sessions] =
 
 
 def write_lists(file: Path, lists: dict[str, list[str]]) -> Path:
+    file.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({"user_id": [*lists], "item_id": [*lists.values()]}), file)
     return file
 
@@ -413,6 +414,10 @@ def test_what_is_named_twice_or_written_over_a_file(
     assert "5 sessions are too few" in caplog.text
     with pytest.raises(ConfigError, match=r"two systems called '/\w"):
         mr.compare([file, file], data=data)
+    with pytest.raises(ConfigError, match="two systems called 'popularity'"):
+        mr.compare({"popularity": file, "other": "item_knn"}, baselines=["popularity"], data=data)
+    folders = [write_lists(tmp_path / f"lists-0.{number}" / "part.parquet", GOOD).parent for number in (5, 6)]
+    assert list(mr.compare(folders, data=data, dry_run=True)["systems"]) == ["lists-0.5", "lists-0.6"]
     with pytest.raises(ConfigError, match="is a file; expected: a folder"):
         mr.compare(["popularity", file], file, data=data)
 

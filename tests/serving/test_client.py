@@ -110,6 +110,13 @@ def test_none_in_place_of_a_sessions_list_restricts_nothing() -> None:
     assert (request["allow"].tolist(), request["exclude"].tolist()) == ([[missing], [7]], [[5], [missing]])
 
 
+def test_ids_in_arrays_are_those_in_lists() -> None:
+    model, sessions = Description("int64", 2, frozenset({"item_ids"})), [np.array([1]), np.array([2, 3])]
+    for exclude, sent in ((np.array([7, 8]), [[7, 8], [7, 8]]), ([np.array([7, 8]), np.array([9, 8])], [[7, 8], [9, 8]])):
+        (request,) = requests_of(sessions, 3, model, RequestOptions(exclude=exclude))
+        assert request["exclude"].tolist() == sent
+
+
 def test_event_features_outside_a_list_are_refused() -> None:
     model = Description("int64", 2, frozenset({"item_ids"}))
     with pytest.raises(DataError, match="event features in one mapping; expected: one mapping or None per session"):

@@ -254,9 +254,11 @@ def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
 
 def _per_session(name: str, option: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
     """Return the encoded ids of an option by session: one list for all of them, or a list of each or None."""
-    if isinstance(option, str) or any(not isinstance(entry, (str, int, list, tuple, type(None))) for entry in option):
+    lists = [isinstance(entry, (list, tuple, np.ndarray)) for entry in option]
+    is_mixed = any(lists) and not all(own or entry is None for own, entry in zip(lists, option, strict=True))
+    if isinstance(option, str) or is_mixed:
         raise DataError(f"{name} is not a list of item ids", "ids for all sessions, or a list of ids per session")
-    if not any(isinstance(entry, (list, tuple)) for entry in option):
+    if not any(lists):
         return [_id_list(name, option, id_type)] * n_sessions
     if len(option) != n_sessions:
         raise DataError(f"{name} holds {len(option)} lists for {n_sessions} sessions", "one per session, or one of ids")

@@ -24,6 +24,7 @@ from missrec_t4r.export.export import export
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.runs.run_folder import LoadedRun
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.serving.batch import parts as in_parts
 from missrec_t4r.serving.batch.export_vectors import vectors
 from missrec_t4r.serving.batch.parquet_io import SessionFiles
 from missrec_t4r.serving.batch.score import score
@@ -31,6 +32,7 @@ from missrec_t4r.serving.batch.similar import SimilarItems, similar
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests import processes
+from tests.meanwhile import beginning_inside
 from tests.serving import shop
 
 
@@ -239,6 +241,19 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     assert result["sessions"] == result["rows"] == 5_200
     assert pq.read_table(out)["user_id"].to_pylist() == [f"user-{number}" for number in range(5_200)]
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "at once.parquet"))
+
+
+def test_jobs_with_one_output_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out.parquet"
+
+    def job(name: str) -> tuple[int, dict[str, int]]:
+        return in_parts.write_in_parts(out, name, range(2), lambda part: (pa.table({"job": [name]}), {"rows": part}))
+
+    with beginning_inside("write_tables", in_parts, lambda: job("second"), monkeypatch, caplog):
+        assert job("first") == (2, {"rows": 1})
+    assert pq.read_table(out)["job"].to_pylist() == ["second", "second"]
 
 
 def test_parts_of_another_job_are_not_used(bundle: Path, loaded: LoadedRun, tmp_path: Path) -> None:

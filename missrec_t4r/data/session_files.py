@@ -46,7 +46,7 @@ def read_rows(folder: str | Path, columns: Sequence[str]) -> pa.Table:
         Every file must have them.
     """
     folder = Path(folder)
-    if folder.name not in SPLITS or not delta_files(folder.parent):
+    if folder.name not in SPLITS:
         return _read_parquet(folder, list(columns))
     return read_consistently(folder.parent, lambda data: _merged(data, folder.name, list(columns)))
 
@@ -106,10 +106,12 @@ def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
 
 def _merged(data: Path, split: str, columns: list[str]) -> pa.Table:
     """Return the rows of the parquet and delta files; every user's row is that of the newest file that has the user."""
+    if not (deltas := delta_files(data)):
+        return _read_parquet(data / split, columns)
     names = [*dict.fromkeys([USER_ID, *columns])]
     overridden: list[pa.Array] = []  # users of the newer files
     parts: list[pa.Table] = []
-    for file in reversed(delta_files(data)):
+    for file in reversed(deltas):
         table = read_arrow(file)
         offsets = np.asarray(one_array(table[ITEM_LIST]).offsets)
         lengths = table[split].to_numpy().astype(np.int64)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from missrec_t4r.data.sessions import Sessions, target_counts
+from missrec_t4r.io.atomic import replace_dir
 
 LISTS = [[1, 3, 2, 4, 5], [2], [6, 1, 7]]
 SESSIONS = Sessions(
@@ -48,3 +54,26 @@ def test_the_last_items_and_their_features_are_padded_alike() -> None:
 
 def test_every_event_but_the_first_of_a_session_is_a_training_target() -> None:
     assert target_counts(Sessions.from_lists([[3, 4, 3], [], [5], [4, 4]]), 6).tolist() == [0, 0, 0, 1, 2, 0]
+
+
+def test_sessions_of_a_folder_that_is_replaced_meanwhile_are_of_one_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(data: Path, item: int) -> None:
+        (data / "train").mkdir(parents=True)
+        for part in range(2):
+            pq.write_table(pa.table({"item_id-list": [[item, item]]}), data / "train" / f"part_{part}.parquet")
+
+    data, real, read = tmp_path / "data", pq.read_table, []
+    write(data, 3)
+
+    def replaced_afterwards(file: Path, **options: Any) -> pa.Table:
+        table = real(file, **options)
+        if not read:
+            with replace_dir(data) as folder:
+                write(folder, 4)
+        read.append(file)
+        return table
+
+    monkeypatch.setattr(pq, "read_table", replaced_afterwards)
+    assert lists(Sessions.load(data / "train")) == [[4, 4], [4, 4]]

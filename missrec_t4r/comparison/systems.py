@@ -38,8 +38,6 @@ from missrec_t4r.schema import LIST_SUFFIX
 
 OF_A_RUN: Final = (NETWORK, TERMS)
 T4R_FILE: Final = "t4rec_model_class.pkl"
-_LONGEST: Final = 10_000
-"""A schema without a limit on the length of sessions states a larger one."""
 TOP_K: Final = max(KS)
 
 
@@ -203,30 +201,13 @@ class T4RModel(System):
                 )
             size = sum(file.stat().st_size for file in Path(model).glob("*.pkl"))
             model = load_saved(Path(model))
-        body = model.heads[0].body
-        inputs = body.inputs if hasattr(body, "inputs") else body[0]
-        scorer = T4RScorer(model, benchmark.catalogue, self.max_sequence_length or _stated_length(inputs))
+        scorer = T4RScorer(model, benchmark.catalogue, self.max_sequence_length)
         columns = [name.removesuffix(LIST_SUFFIX) for name in scorer.columns if name != scorer.item]
         histories, _ = Sessions.load(benchmark.folder, columns).split_last()
         ranked = self._ranked_by(dict.fromkeys(scorer.protocols, scorer), benchmark, histories)
         ranked.size = size
         ranked.notes.append(f"reads the last {scorer.length} items of a session; another number: --max-sequence-length")
         return ranked
-
-
-def _stated_length(inputs: Any) -> int:
-    """Return how many items of a session a T4R model reads, by its inputs or its schema."""
-    if length := getattr(inputs, "max_sequence_length", None):
-        return int(length)
-    items = list(inputs.schema.select_by_name(inputs.categorical_module.item_id))
-    longest = items[0].properties.get("value_count", {}).get("max") if items else None
-    if not longest or longest > _LONGEST:
-        raise ConfigError(
-            "a T4R model whose schema does not state the length of its sessions",
-            "the last items of a session that it reads",
-            "give --max-sequence-length",
-        )
-    return int(longest)
 
 
 @dataclass

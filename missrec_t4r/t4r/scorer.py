@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 import transformers4rec.torch as tr
@@ -20,6 +21,9 @@ from missrec_t4r.schema import FIRST_ITEM_ROW
 from missrec_t4r.t4r.block import MISSRecBlock
 from missrec_t4r.t4r.columns import as_core_schema, event_feature_name, event_feature_schema
 
+_LONGEST: Final = 10_000
+"""A schema without a limit on the length of sessions states a larger one."""
+
 
 class T4RScorer:
     """Scores of a T4R model at inference, as it would be deployed.
@@ -30,16 +34,16 @@ class T4RScorer:
         With one head and one next-item prediction task; ours or T4R's own.
     catalogue : Catalogue
         Its rows are the ids of the model's item column.
-    max_sequence_length : int
-        Last items of a session that the model reads.
+    max_sequence_length : int, optional
+        Last items of a session that the model reads; by default what its inputs or its schema state.
 
     Raises
     ------
     ConfigError
-        The model has no single head with one next-item task.
+        The model has no single head with one next-item task, or nothing states the length of its sessions.
     """
 
-    def __init__(self, model: tr.Model, catalogue: Catalogue, max_sequence_length: int) -> None:
+    def __init__(self, model: tr.Model, catalogue: Catalogue, max_sequence_length: int | None = None) -> None:
         tasks = [task for head in model.heads for task in head.prediction_task_dict.values()]
         if len(tasks) != 1 or not isinstance(tasks[0], tr.NextItemPredictionTask):
             raise ConfigError(
@@ -48,7 +52,7 @@ class T4RScorer:
                 "compare the model of the next-item task alone",
             )
         inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
-        self.model, self.catalogue, self.length = model, catalogue, max_sequence_length
+        self.model, self.catalogue, self.length = model, catalogue, max_sequence_length or _stated_length(inputs)
         self.item = inputs.categorical_module.item_id
         schema = as_core_schema(inputs.schema)  # may name users and counts too, which the model does not read
         self.columns = [self.item, *event_feature_schema(schema, self.item).column_names]
@@ -91,6 +95,21 @@ class T4RScorer:
         scores[:, :FIRST_ITEM_ROW] = -torch.inf
         empty = torch.from_numpy(histories.lengths == 0).to(self.device)
         return torch.where(empty[:, None], self.fallback(histories).to(scores), scores) if empty.any() else scores
+
+
+def _stated_length(inputs: Any) -> int:
+    """Return how many items of a session a T4R model reads, by its inputs or its schema."""
+    if length := getattr(inputs, "max_sequence_length", None):
+        return int(length)
+    items = list(inputs.schema.select_by_name(inputs.categorical_module.item_id))
+    longest = items[0].properties.get("value_count", {}).get("max") if items else None
+    if not longest or longest > _LONGEST:
+        raise ConfigError(
+            "a T4R model whose schema does not state the length of its sessions",
+            "the last items of a session that it reads",
+            "give --max-sequence-length",
+        )
+    return int(longest)
 
 
 def load_saved(folder: Path) -> tr.Model:

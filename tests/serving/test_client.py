@@ -112,7 +112,8 @@ def test_none_in_place_of_a_sessions_list_restricts_nothing() -> None:
 
 def test_ids_in_arrays_are_those_in_lists() -> None:
     model, sessions = Description("int64", 2, frozenset({"item_ids"})), [np.array([1]), np.array([2, 3])]
-    for exclude, sent in ((np.array([7, 8]), [[7, 8], [7, 8]]), ([np.array([7, 8]), np.array([9, 8])], [[7, 8], [9, 8]])):
+    for_all, per_session = np.array([7, 8]), [np.array([7, 8]), np.array([9, 8])]
+    for exclude, sent in ((for_all, [[7, 8], [7, 8]]), (per_session, [[7, 8], [9, 8]])):
         (request,) = requests_of(sessions, 3, model, RequestOptions(exclude=exclude))
         assert request["exclude"].tolist() == sent
 

@@ -20,8 +20,8 @@ from missrec_t4r.model.fast.fusion import mean_embeddings
 from missrec_t4r.model.fusion import CandidateFusion
 from missrec_t4r.model.item_encoder import CandidateEmbeddings
 
-SCAN_ERROR = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""By how much `PackedItems.scan` may differ from `PackedItems.exact`, by the type of the tokens."""
+SCAN_ERROR = 2e-6
+"""By how much `PackedItems.scan` may differ from `PackedItems.exact`."""
 
 _SCANNED_AT_ONCE = 1024
 """Tokens of one product with several sessions: its result stays in the cache."""
@@ -65,7 +65,7 @@ class PackedItems:
             Up to rounding those of `CandidateFusion`; meaningless for rows that cannot be recommended.
         """
         parts = self.tokens.split(_SCANNED_AT_ONCE if len(session) > 1 else len(self.tokens))
-        votes = torch.cat([session.to(self.tokens.dtype) @ part.T for part in parts], 1).float()  # [batch, token]
+        votes = torch.cat([session @ part.T for part in parts], 1)  # [batch, token]
         scores = votes[:, : self.n_rows]  # [batch, row]: the first token of every row
         if not len(self.several):
             return scores
@@ -104,10 +104,10 @@ class PackedItems:
         logits = (self.phi[rows] * votes).masked_fill(~present, -torch.inf)
         return self.modality[:, rows].gather(0, logits.argmax(0, keepdim=True))[0]
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PackedItems:
-        """Return the packed items on a device, with tokens of another type."""
+    def to(self, device: torch.device) -> PackedItems:
+        """Return the packed items on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("place", "modality", "several", "phi")}
-        tokens = self.tokens.to(device, dtype)
+        tokens = self.tokens.to(device)
         return replace(self, tokens=tokens, stored=self.stored if tokens is self.tokens else None, **moved)
 
     def _votes(self, session: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,6 @@ class Ranker:
         ``"cpu"``, ``"cuda:0"`` or ``"cuda"``, the current GPU.
     batch_size : int
         Sessions per pass of the model; an upper limit, large catalogues take less.
-    dtype : torch.dtype
-        Of the tokens where sessions are searched one after the other.
     certified_from : int
         Rows from which int8 bounds are used, on the CPU.
     tables : RetrievalIndex, optional
@@ -108,7 +106,6 @@ class Ranker:
         *,
         device: str = "cpu",
         batch_size: int = 64,
-        dtype: torch.dtype = torch.float32,
         certified_from: int = CERTIFIED_FROM,
         tables: RetrievalIndex | None = None,
         together: bool | None = None,
@@ -133,7 +130,7 @@ class Ranker:
             table = pack_items(model.fusion, model.item_encoder.candidates(tokens)) if tables is None else tables.table
             if together:
                 self.batch_size = sessions_with_room(table, self.device, batch_size)
-            self.table = table.to(self.device, torch.float32 if together else dtype)
+            self.table = table.to(self.device)
             self._tokens = tokens if small else None
             self._popularity = self._popular(catalogue)
         self._fused = None if together else fuse_encoder(self.model, self._tokens)

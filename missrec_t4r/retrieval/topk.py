@@ -1,7 +1,7 @@
 """Exact top-k in a fixed order, ties by ascending row, from upper bounds of the scores and an exactness check.
 
-A first pass bounds every item's score from above (a scan in the tokens' precision, or `int8_bounds`, more loosely for a
-fraction of the bytes). The items with the best bounds are scored exactly. An item without an exact score is ruled out
+A first pass bounds every item's score from above (a scan in 32 bits, or `int8_bounds`, more loosely for a fraction of
+the bytes). The items with the best bounds are scored exactly. An item without an exact score is ruled out
 once its bound is below the k-th exact score; while one is not, the search widens. The result is that of scoring
 everything.
 """
@@ -68,7 +68,7 @@ class Query(NamedTuple):
 
 def scan_bounds(table: PackedItems, query: Query) -> Tensor:
     """Return upper bounds [batch, row] that exceed the scores by rounding alone; -inf where not allowed."""
-    scores = table.scan(query.vectors).add_(query.added).add_(SCAN_ERROR[table.tokens.dtype])
+    scores = table.scan(query.vectors).add_(query.added).add_(SCAN_ERROR)
     if scores.device.type != "cpu":
         return scores.masked_fill_(~query.allowed, -torch.inf)
     np.copyto(scores.numpy(), -np.inf, where=~query.allowed.numpy())  # `masked_fill_` takes five times as long

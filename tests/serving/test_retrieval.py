@@ -210,16 +210,3 @@ def test_the_ranker_takes_the_certified_search_by_itself_and_answers_the_same(lo
         expected, found = plain.rank(rows, top_k=k, exclude_seen=True), large.rank(rows, top_k=k, exclude_seen=True)
         assert found.rows.tolist() == expected.rows.tolist()
         assert found.scores.tolist() == expected.scores.tolist()
-
-
-def test_tokens_in_16_bits_as_on_a_gpu_are_searched_exactly() -> None:
-    candidates = catalogue(9, 150, 2, True, 5)
-    query = query_of(9, candidates, 6, 1.0)
-    with torch.inference_mode():
-        whole = pack_items(fusion_of("dynamic_shared", 2.0, 150), candidates)
-        half = whole.to(torch.device("cpu"), torch.float16)
-        assert same(search(half, query, scan_bounds(half, query), 12), everything(half, query, 12))
-        rows = torch.arange(150).expand(6, -1)
-        scores = half.exact(query.vectors, rows)
-        assert bool((scan_bounds(half, query) >= (scores + query.added).masked_fill(~query.allowed, -torch.inf)).all())
-        torch.testing.assert_close(scores, whole.exact(query.vectors, rows), atol=2e-3, rtol=0)

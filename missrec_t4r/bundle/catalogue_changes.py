@@ -159,7 +159,7 @@ def _rows_of(catalogue: Catalogue, table: pa.Table) -> Ints:
         raise DataError(f"item ids of type {ids.type}", f"{id_type}, as in the catalogue", _AS_WRITTEN) from error
     if ids.null_count or len(ids.unique()) != len(ids):
         raise DataError("the new items hold missing or repeated ids", "one row per item")
-    rows = catalogue.rows_of(pa.array(ids.to_pylist(), id_type)).copy()
+    rows = catalogue.rows_of(ids).copy()
     new = rows == UNKNOWN_ROW
     rows[new] = catalogue.n_rows + np.arange(new.sum())
     return rows

@@ -158,28 +158,14 @@ def write_session_schema(splits: Path, folder: Path, vocabularies: Mapping[str, 
     """
     file = next(file for name in SPLITS for file in sorted((splits / name).glob("*.parquet")))
     sizes = {name: FIRST_ITEM_ROW + len(values) for name, values in vocabularies.items()}
-    text = schema_text(pq.read_schema(file), sizes, longest)
+    text = "".join(_lines({"feature": [_feature(field, sizes, longest) for field in pq.read_schema(file)]}))
     for target in (folder, *(folder / name for name in SPLITS)):
         target.mkdir(exist_ok=True)
         (target / SCHEMA_FILE).write_text(text, encoding="utf-8")
 
 
-def schema_text(columns: pa.Schema, sizes: Mapping[str, int], longest: int) -> str:
-    """Return the schema of sessions.
-
-    Parameters
-    ----------
-    columns : pyarrow.Schema
-        Of the sessions.
-    sizes : mapping of str to int
-        Categorical columns without ``-list`` -> number of codes, reserved ones included.
-    longest : int
-        Events of the longest session.
-    """
-    return "".join(_lines({"feature": [_feature(field, sizes, longest) for field in columns]}))
-
-
 def _feature(field: pa.Field, sizes: Mapping[str, int], longest: int) -> _Message:
+    """Return a column of the sessions; ``sizes``: codes of the categorical ones, by name without ``-list``."""
     is_list = pa.types.is_list(field.type)
     values = field.type.value_type if is_list else field.type
     name = field.name.removesuffix(LIST_SUFFIX)

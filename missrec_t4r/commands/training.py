@@ -70,7 +70,7 @@ def train(
         auto (a GPU if there is one), cpu or cuda.
     reuse : bool
         Return the finished run in ``out``, with ``"found": True``, if it was made from the same data, settings and
-        code (`missrec_t4r.runs.run_cache`).
+        code (`missrec_t4r.training.reuse`).
     dry_run : bool
         Check everything, predict time and memory from a few steps, and print what would be done; write nothing.
 
@@ -95,7 +95,7 @@ def train(
     if recipe is None and not warm_start:
         recipe = "default" if start_from else AUTO
     require_at_least(0, max_minutes=max_minutes)
-    from missrec_t4r.runs.run_cache import require_run_folder
+    from missrec_t4r.runs.run_folder import require_run_folder
 
     require_run_folder(Path(out))
     if max_minutes is not None:

@@ -1,1 +1,1 @@
-"""The run folder that training writes, its evaluation, and the cache of finished runs."""
+"""The run folder that training writes, and its evaluation."""

@@ -10,11 +10,11 @@ import logging
 import os
 import platform
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import CheckpointError
+from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.arrow_files import one_array, with_column
 from missrec_t4r.io.atomic import atomic_write_file
 from missrec_t4r.io.json_files import read_json, write_json
@@ -45,6 +45,12 @@ RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "we
 _CHECKSUM = "sessions_checksum"
 LOG_FILE = "log.jsonl"
 """Training log, a JSON line per epoch."""
+_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, "checkpoint", "tensorboard"}
+"""What shows that a folder is that of a run; a killed training may have left one of them alone."""
+_NOTES: Final = {".log", ".txt", ".out", ".err", ".yaml", ".yml", ".json"}
+"""Logs and settings, which scripts put into the folder of a run before it begins."""
+_NOTE_FOLDERS: Final = {"logs", "lost+found"}
+"""Folders of logs, and of a disk that is mounted there."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,33 @@ class LoadedRun:
     """The data folder that the run was trained on, or the one given to `load_run`."""
     n_trained: int | None = None
     """Rows of the catalogue of the training, the first ones of this catalogue; None for all."""
+
+
+def require_run_folder(out: Path, kind: str = "run", parts: Set[str] = _RUN_PARTS) -> None:
+    """Refuse to write a run below a file, or among other files than hidden ones, logs and settings.
+
+    Parameters
+    ----------
+    out : Path
+    kind : str
+        What is written, for the error.
+    parts : set of str
+        Names of which any one shows that the folder is of that kind.
+
+    Raises
+    ------
+    ConfigError
+        Says what is there.
+    """
+    if file := next((part for part in (out, *out.parents) if part.is_file()), None):
+        raise ConfigError(f"--out {out}, and {file} is a file", "a folder", "choose another --out")
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    others = sorted(
+        name for name in there - _NOTE_FOLDERS if not name.startswith(".") and Path(name).suffix not in _NOTES
+    )
+    if others and parts.isdisjoint(there):
+        found = f"--out {out} is no folder of a {kind}: it holds {', '.join(others[:3])}{', …' if others[3:] else ''}"
+        raise ConfigError(found, f"a new folder, or that of a {kind}", "choose another --out")
 
 
 def save_run(

@@ -34,7 +34,7 @@ from missrec_t4r.model.contrastive import (
 from missrec_t4r.model.item_encoder import to_fp32
 from missrec_t4r.model.losses import orthogonality_loss
 from missrec_t4r.model.missrec import Encoded, MISSRec
-from missrec_t4r.runs.run_cache import require_run_folder
+from missrec_t4r.runs.run_folder import require_run_folder
 from missrec_t4r.schema import UNKNOWN_ROW
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import run_or_describe

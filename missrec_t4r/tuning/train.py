@@ -28,7 +28,7 @@ from missrec_t4r.config.recipe import AUTO, SECTIONS
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.atomic import is_running, write_text
 from missrec_t4r.io.lock import locked
-from missrec_t4r.runs.run_cache import require_run_folder
+from missrec_t4r.runs.run_folder import require_run_folder
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
 from missrec_t4r.training.fit import TrainingData, read_training_data

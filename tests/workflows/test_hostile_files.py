@@ -28,7 +28,7 @@ from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
 from missrec_t4r.etl.sources.table import read_table
 from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file, translate_disk_errors
-from missrec_t4r.runs.run_cache import require_run_folder
+from missrec_t4r.runs.run_folder import require_run_folder
 from tests import processes
 from tests.workflows.tables import EVENTS, ITEMS, items_of, save_vectors, write
 

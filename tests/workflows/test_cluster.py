@@ -151,5 +151,5 @@ def test_a_cluster_that_cannot_work_is_named(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(DataError, match="a worker lacks the package"):
             machines.run(importlib.import_module, [("no_such_package",)], "")
         monkeypatch.setattr(executor, "WORKER_TIMEOUT", 2)
-        with pytest.raises(DataError, match="no worker was left for 2 seconds"):
+        with pytest.raises(executor.WorkerError, match="no worker was left for 2 seconds"):
             machines.run(os.kill, [(next(iter(workers)), signal.SIGKILL)], "")

@@ -25,7 +25,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.engine import executor, sessionize, workdir
+from missrec_t4r.etl.engine import executor, sessionize, shuffle, workdir
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.shuffle import cut_chunks
 from missrec_t4r.etl.nvt.serialization import load_workflow
@@ -298,6 +298,29 @@ def look(*arguments):
 engine._finish = look
 etl(sys.argv[1], sys.argv[2], sys.argv[4], engine="disk", partitions=4, workers=1)
 """
+
+
+def test_a_run_that_lost_its_workers_continues_from_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its error says: only input and settings that were wrong begin anew."""
+    files, out, run = write(tmp_path), tmp_path / "data", executor.ThreadExecutor.run
+
+    def lose_workers(machines: executor.ThreadExecutor, task: Any, arguments: Any, description: str) -> list[Any]:
+        if description == "writing the splits":
+            raise executor.WorkerError("no worker was left", "at least one worker", "start some: it continues")
+        return run(machines, task, arguments, description)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(executor.ThreadExecutor, "run", lose_workers)
+        with pytest.raises(DataError, match="it continues"):
+            etl(*files, out, engine="disk", workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shuffle, "read_batches", lambda *_: pytest.fail("the events are read again"))
+        etl(*files, out, engine="disk", workers=1)
+    etl(*files, tmp_path / "whole", engine="disk", workers=1)
+    for split in ("train", "valid", "test"):
+        assert table(out, split).equals(table(tmp_path / "whole", split))
 
 
 def test_the_other_engine_leaves_nothing_of_a_run_that_was_killed(

@@ -30,6 +30,10 @@ _HUSH_TIMEOUT = 5.0
 _RETRIES = 3
 
 
+class WorkerError(DataError):
+    """Workers failed, not the input: with others the same command continues."""
+
+
 class ThreadExecutor:
     """Threads of this process; NumPy and Arrow release the interpreter lock while they compute."""
 
@@ -63,7 +67,7 @@ class ClusterExecutor:
 
         Raises
         ------
-        DataError
+        WorkerError
             No worker is left, one task killed several workers, or workers lack the files or this package.
         """
         futures = [self.client.submit(task, *values, pure=False, retries=_RETRIES) for values in arguments]
@@ -209,8 +213,8 @@ def _connect(address: str) -> Iterator[Any]:
         yield client
 
 
-def _no_worker(found: str) -> DataError:
-    return DataError(
+def _no_worker(found: str) -> WorkerError:
+    return WorkerError(
         f"{found} at the Dask scheduler",
         "at least one worker",
         "start some with `dask worker`, then run the same command again: it continues",
@@ -225,18 +229,18 @@ def _translate_cluster_errors() -> Iterator[None]:
     try:
         yield
     except KilledWorker as error:
-        raise DataError(
+        raise WorkerError(
             f"several workers died on the same task ({error})",
             "workers with memory for a partition",
             "give them more, or more --partitions; then the same command continues",
         ) from error
     except FileNotFoundError as error:
-        raise DataError(
+        raise WorkerError(
             f"a worker does not find {error.filename}",
             "workers that see input and output under the same paths as this machine",
             "mount the same folder there, or use --dask-scheduler processes",
         ) from error
     except ModuleNotFoundError as error:
-        raise DataError(
+        raise WorkerError(
             f"a worker lacks the package {error.name}", "the same installation as here", "install it on the workers"
         ) from error

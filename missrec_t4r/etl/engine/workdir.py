@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.etl import item_table
+from missrec_t4r.etl.engine.executor import WorkerError
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
@@ -63,8 +64,8 @@ _FINISHED = "finished"
 def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """Yield the working directory of ``out`` and a function that replaces ``out`` by a finished folder of it.
 
-    The directory is removed at the end, and after an error, whose cure is other input or settings. It stays after a
-    kill or Ctrl-C, for the next run to continue.
+    The directory is removed at the end, and after an error whose cure is other input or settings. It stays after a
+    kill, Ctrl-C, or the loss of all workers, for the next run to continue.
 
     Raises
     ------
@@ -83,6 +84,8 @@ def working_folder(out: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
                 move_into_place(folder.rename(work / _FINISHED), out)
 
             yield work, finish
+    except WorkerError:
+        raise
     except Exception:
         for folder in (work, copies):
             shutil.rmtree(folder, ignore_errors=True)

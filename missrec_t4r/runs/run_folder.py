@@ -108,7 +108,7 @@ def save_run(
     Parameters
     ----------
     out : Path
-        Run folder; created. Its files are replaced one by one, atomically, `run.json` last.
+        Run folder; created. Its files are replaced one by one, atomically; `run.json` is removed first and written last.
     model : MISSRec
     recipe : Recipe
     data : Path
@@ -122,6 +122,7 @@ def save_run(
         Training and validation sessions; `trained_on` returns their checksum.
     """
     out.mkdir(parents=True, exist_ok=True)
+    (out / RUN_FILE).unlink(missing_ok=True)  # an earlier run's would make a run of the files of both
     if sessions:
         info = {**info, _CHECKSUM: sessions_checksum(sessions)}
     if catalogue is not None:

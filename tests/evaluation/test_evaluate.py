@@ -18,14 +18,15 @@ from rich.console import Console
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import ConfigError, DataError, MISSRecError
+from missrec_t4r.errors import CheckpointError, ConfigError, DataError, MISSRecError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
 from missrec_t4r.evaluation.report import metrics_table, table
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.ranking.baselines import Popularity
 from missrec_t4r.ranking.hybrid import build_missrec
+from missrec_t4r.runs import run_folder
 from missrec_t4r.runs.evaluate import evaluate, evaluate_sessions
-from missrec_t4r.runs.run_folder import save_run
+from missrec_t4r.runs.run_folder import load_run, save_run
 from missrec_t4r.schema import ITEM_LIST
 
 SYSTEMS = {"model", "network", "terms", "popularity", "item_knn", "content_knn"}
@@ -71,6 +72,16 @@ def spoken(report: dict[str, Any], width: int = 220) -> str:
 
 def systems_of(protocol: str) -> set[str]:
     return SYSTEMS if protocol == KEPT_STRICT else SYSTEMS | {"exported"}
+
+
+def test_a_run_that_is_replaced_half_way_is_none(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier `run.json` would vouch for weights of another training."""
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_json", lambda *_: pytest.fail("killed after the weights"))
+        with pytest.raises(pytest.fail.Exception):
+            save_run(run, load_run(run).model, Recipe(model=MISSRecConfig(d_model=8, n_head=2)), tmp_path / "data", {})
+    with pytest.raises(CheckpointError, match=r"holds no run.json; expected: a finished run"):
+        evaluate(run)
 
 
 def test_the_tutorial_shows_the_table_that_is_printed(report: dict[str, Any], repository: Path) -> None:

@@ -232,7 +232,7 @@ def _translate_cluster_errors() -> Iterator[None]:
         raise WorkerError(
             f"several workers died on the same task ({error})",
             "workers with memory for a partition",
-            "give them more, or more --partitions; then the same command continues",
+            "give them more, and the same command continues; or begin again with more --partitions",
         ) from error
     except FileNotFoundError as error:
         raise WorkerError(

@@ -108,7 +108,8 @@ def save_run(
     Parameters
     ----------
     out : Path
-        Run folder; created. Its files are replaced one by one, atomically; `run.json` is removed first and written last.
+        Run folder; created. Its files are replaced one by one, atomically; `run.json` is removed first and written
+        last.
     model : MISSRec
     recipe : Recipe
     data : Path

@@ -41,19 +41,13 @@ class PrefixBatches(IterableDataset[Batch]):
         Known items only; event features by the name of their column.
     item_column : str
         Name of the items in a batch.
-    batch_size : int
-        Rows per batch.
+    train : TrainConfig
+        Its batch size and seed; for training, windows per session and probability of reading a batch backwards.
     max_sequence_length : int
         Longest prefix; a row has one item more, the target.
     all_prefixes : bool
         True: every prefix of every session, in random order (training). False: every session once, its last item is
         the target, in the order of the data (evaluation).
-    seed : int
-        Of the order of batches.
-    per_session : int
-        Prefixes drawn per session and epoch; 0 takes all.
-    reverse_probability : float
-        Probability that a training batch is read backwards.
     drop_last : bool
         Drop the last batch if it is not full.
     rank, size : int
@@ -64,36 +58,28 @@ class PrefixBatches(IterableDataset[Batch]):
         self,
         sessions: Sessions,
         item_column: str,
-        batch_size: int,
+        train: TrainConfig,
         max_sequence_length: int,
         *,
         all_prefixes: bool,
-        seed: int = 0,
-        per_session: int = 0,
-        reverse_probability: float = 0.0,
-        drop_last: bool = False,
-        rank: int = 0,
-        size: int = 1,
+        drop_last: bool,
+        rank: int,
+        size: int,
     ) -> None:
         super().__init__()
-        self.sessions, self.item_column = sessions, item_column
-        self.batch_size, self.drop_last = batch_size, drop_last
-        self.all_prefixes, self.seed = all_prefixes, seed
-        self.rank, self.size = rank, size
-        self.epoch = 0
+        self.sessions, self.item_column, self.train = sessions, item_column, train
+        self.all_prefixes, self.drop_last = all_prefixes, drop_last
+        self.rank, self.size, self.epoch = rank, size, 0
         self._model = MISSRecConfig(attention="bidirectional", max_sequence_length=max_sequence_length)
-        self._train = TrainConfig(
-            batch_size=batch_size, windows_per_session=per_session, reverse_probability=reverse_probability
-        )
-        most = (per_session or None) if all_prefixes else 1  # rows of a session
+        most = (train.windows_per_session or None) if all_prefixes else 1  # rows of a session
         rows = int(np.clip(sessions.lengths - 1, 0, most).sum())
-        batches = rows // batch_size if drop_last else -(-rows // batch_size)
+        batches = rows // train.batch_size if drop_last else -(-rows // train.batch_size)
         self._batches = batches // size
         if (left := batches - self._batches * size) and not all_prefixes and not rank:
             log.warning(f"{left} of {batches} batches are not evaluated: each of {size} processes takes as many")
         if not self._batches:
             raise DataError(
-                f"{rows} examples for {size} processes and batches of {batch_size}",
+                f"{rows} examples for {size} processes and batches of {train.batch_size}",
                 "at least one batch per process",
                 "lower the batch size, or give sessions of at least two known items",
             )
@@ -110,17 +96,19 @@ class PrefixBatches(IterableDataset[Batch]):
 
     def _plan(self, epoch: int) -> list[tuple[Examples, bool]]:
         if self.all_prefixes:
-            rng = np.random.default_rng([self.seed, epoch])
-            plan = training_batches(self.sessions, self._model, self._train, rng)
+            rng = np.random.default_rng([self.train.seed, epoch])
+            plan = training_batches(self.sessions, self._model, self.train, rng)
         else:
             begin, limit = self.sessions.offsets[:-1], self.sessions.offsets[1:]
             begin, limit = begin[limit - begin >= 2], limit[limit - begin >= 2]
             begin = np.maximum(begin, limit - 1 - self._model.max_sequence_length)
-            whole = Examples(begin, limit - 1, begin, limit)
-            cuts = [slice(first, first + self.batch_size) for first in range(0, len(limit), self.batch_size)]
+            whole, size = Examples(begin, limit - 1, begin, limit), self.train.batch_size
+            cuts = [slice(first, first + size) for first in range(0, len(limit), size)]
             plan = [(Examples(*(field[cut] for field in whole)), False) for cut in cuts]
         if self.drop_last:
-            plan = [(examples, backwards) for examples, backwards in plan if len(examples.begin) == self.batch_size]
+            plan = [
+                (examples, backwards) for examples, backwards in plan if len(examples.begin) == self.train.batch_size
+            ]
         return plan
 
     def _collate(self, examples: Examples, backwards: bool) -> dict[str, Tensor]:
@@ -141,7 +129,7 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
 
     def __init__(self, batches: PrefixBatches) -> None:
         DataLoader.__init__(self, batches, batch_size=None)
-        self._batch_size, self._steps = batches.batch_size, len(batches)  # T4R's Trainer reads the former
+        self._batch_size, self._steps = batches.train.batch_size, len(batches)  # T4R's Trainer reads the former
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -172,8 +160,16 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
             The ITEM_ID list column and the event features to read.
         paths_or_dataset : path, list of paths, merlin.io.Dataset, or Sessions
             A folder means its ``*.parquet``.
-        batch_size, max_sequence_length, drop_last, seed, per_session, reverse_probability
+        batch_size : int
+            Rows per batch.
+        max_sequence_length, drop_last
             As in `PrefixBatches`.
+        seed : int
+            Of the order of batches.
+        per_session : int
+            Prefixes drawn per session and epoch in training; 0 takes all.
+        reverse_probability : float
+            Probability that a training batch is read backwards.
         shuffle : bool
             True (the Trainer's training loader): every prefix. False (evaluation): the last item is the target.
         global_rank, global_size : int, optional
@@ -189,16 +185,16 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         sessions = sessions.known() if shuffle else sessions.with_known_target()
         item = item_name(as_core_schema(schema))
         rank, size = (0, 1) if global_rank is None or not global_size else (global_rank, global_size)
+        train = TrainConfig(
+            batch_size=batch_size, seed=seed, windows_per_session=per_session, reverse_probability=reverse_probability
+        )
         return cls(
             PrefixBatches(
                 sessions,
                 item,
-                batch_size,
+                train,
                 max_sequence_length,
                 all_prefixes=shuffle,
-                seed=seed,
-                per_session=per_session,
-                reverse_probability=reverse_probability,
                 drop_last=drop_last,
                 rank=rank,
                 size=size,

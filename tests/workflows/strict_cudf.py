@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.core import get_fs_token_paths
 
 
 def _backed(values: Any, dtype: Any = None) -> pd.Series:
@@ -116,6 +117,8 @@ class Series:
     notnull = notna
 
     def fillna(self, value: Any = None) -> Series:
+        if self.dtype.kind == "b" and not isinstance(value, bool) and self.isna().sum():
+            raise TypeError(f"Cannot safely cast non-equivalent {type(value).__name__} to bool")
         return Series(self._data.mask(self._nan().astype(bool)).fillna(value))
 
     def where(self, cond: Series, other: Any = None) -> Series:
@@ -324,7 +327,7 @@ def read_parquet(
 ) -> DataFrame:
     assert not use_pandas_metadata, "an index that pandas wrote would be no column"
     assert dataset_kwargs == {"partitioning": None}, "folders named KEY=VALUE would be columns"
-    files = [pq.ParquetFile(file) for file in filepath_or_buffer]
+    files = [pq.ParquetFile(file) for file in get_fs_token_paths(list(filepath_or_buffer), mode="rb")[2]]
     schemas = {tuple(zip(file.schema_arrow.names, map(str, file.schema_arrow), strict=True)) for file in files}
     assert len(schemas) == 1, "All sources must have the same schema"
     groups = row_groups or [range(file.num_row_groups) for file in files]

@@ -144,13 +144,14 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
     raw = shop(seed, 900).assign(item=np.arange(900) % 4)
     raw["user_id"] = raw["user_id"].str[-2:]
     raw.loc[::50, "dwell"] = np.inf
+    raw["gift"] = pd.Series(np.arange(900) % 3 == 0, dtype="boolean").mask(np.arange(900) % 7 == 0)
     raw["timestamp"] = raw["timestamp"] if seed else raw["timestamp"].astype("datetime64[us]")
     events_file, items_file = write_tables(tmp_path, raw)
     names = {name: name for name in ("user_id", "item_id", "timestamp")}
     made: list[Any] = []
     for device in (PandasFiles(), gpu.CudfDevice()):
         findings = Findings()
-        plan = {"drop_columns": ["split"], "categorical_columns": ["aisle"]}
+        plan = {"drop_columns": ["split"], "categorical_columns": ["aisle", "gift"]}
         run = Run(files=[events_file], names=names, settings=plan, modality_files={})
         items = pa.parquet.read_table(items_file)
         frame, summary = inputs.clean_inputs(
@@ -162,7 +163,7 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
                 "unknown_items": "drop" if seed > 1 else "append",
                 "k_core": 3,
                 "min_item_count": 4,
-                "categorical_columns": ["aisle"],
+                "categorical_columns": ["aisle", "gift"],
             },
             findings,
         )
@@ -190,6 +191,20 @@ def test_from_parquet_to_parquet(tmp_path: Path, seed: int, split: str) -> None:
         assert here == there
     types = [table(tmp_path / name, "train").schema.remove_metadata() for name in ("PandasFiles", "CudfDevice")]
     assert types[0] == types[1]
+
+
+def test_a_file_is_read_by_its_name_and_not_by_a_pattern(tmp_path: Path) -> None:
+    """cuDF takes paths for patterns: it would read another file, or leave one out."""
+    files = [tmp_path / name for name in ("day[1].parquet", "day1.parquet", "day?.parquet")]
+    for number, file in enumerate(files):
+        pa.parquet.write_table(pa.table({"user_id": [number]}), file)
+    device = gpu.CudfDevice()
+    for number, file in enumerate(files):
+        assert plain(device.read_parquet([file], ["user_id"])) == {"user_id": [number]}
+    assert plain(device.read_parquet(files, ["user_id"])) == {"user_id": [0, 1, 2]}
+    (tmp_path / "[a]").mkdir()
+    device.write_parquet(device.read_parquet(files[1:2], ["user_id"]), tmp_path / "[a]" / "*.parquet")
+    assert plain(device.read_parquet([tmp_path / "[a]" / "*.parquet"], ["user_id"])) == {"user_id": [1]}
 
 
 def test_texts_that_are_no_utf8_are_left_to_the_cpu(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The functions of this package take a `CudfDevice`. With pandas in place of cuDF 
 
 from __future__ import annotations
 
+import glob
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ class CudfDevice(CudfFrames):
         import cudf
 
         frame = cudf.read_parquet(
-            files,
+            [glob.escape(file) for file in files],  # it would read others, or none, in place of `day[1].parquet`
             columns=list(columns),
             row_groups=row_groups,
             use_pandas_metadata=False,

@@ -513,7 +513,10 @@ def without_nulls(events: Frame, features: Sequence[str], categorical_columns: S
         if adapter.is_text(column):
             columns[name] = column.fillna("").astype(object)
         elif name in categorical_columns:
-            columns[name] = finite(column).fillna(0.0) if column.dtype.kind == "f" else column.fillna(0).astype("int64")
+            if column.dtype.kind == "f":
+                columns[name] = finite(column).fillna(0.0)
+            else:  # cuDF fills Booleans with no number
+                columns[name] = column.fillna(False if column.dtype.kind == "b" else 0).astype("int64")
         else:
             column = _finite_or_null(column)
             filled = column.astype("float64").fillna(0.0) if column.isna().sum() else column

@@ -215,7 +215,7 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
         At least 1.
     """
     found: list[Found] = [Found(torch.empty(0), torch.empty(0, dtype=torch.int64), 0)] * len(query.vectors)
-    passed, undecided, width = [0] * len(found), np.arange(len(found)), 2 * k + SPARE
+    passed, undecided, width = [0] * len(found), np.arange(len(found)), first_candidates(k)
     with exact_products():
         while len(undecided):
             width = min(width, items.table.n_rows)
@@ -235,6 +235,11 @@ def search_together(items: DeviceItems, query: Query, k: int) -> Batch:
                 (left,) = upload([np.flatnonzero(~certain)], query.vectors.device)
                 query = query.take(left)
     return Batch(found, passed)
+
+
+def first_candidates(k: int) -> int:
+    """Return the number of candidates of a session's first search, where the catalogue has so many."""
+    return 2 * k + SPARE
 
 
 def _bytes_of_candidates(width: int, n_rows: int) -> int:

@@ -27,6 +27,7 @@ from missrec_t4r.retrieval.device_search import (
     BYTES_PER_SCORE,
     DeviceItems,
     exact_products,
+    first_candidates,
     require_room,
     search_together,
     sessions_with_room,
@@ -241,7 +242,7 @@ class Ranker:
 
     def _batch_ranker(self) -> BatchRanker:
         """Return what ranks one batch; it is not kept, as the two would keep each other, and all tables, in memory."""
-        find = self._search if self._device_items is None else partial(search_together, self._device_items)
+        find = self._search if self._device_items is None else partial(self._search_together, self._device_items)
         return BatchRanker(find, self.model, self._popularity, self.columns, self._encode_there, self._masks)
 
     def _search(self, query: Query, k: int) -> Batch:
@@ -253,6 +254,12 @@ class Ranker:
         found = search(self.table, query, bounds, k)
         self.widenings += sum(best.scored > k + SPARE for best in found)
         return Batch(found, [np.count_nonzero(line) for line in query.allowed.numpy(force=True)])
+
+    def _search_together(self, items: DeviceItems, query: Query, k: int) -> Batch:
+        """Search the sessions together, on their device."""
+        batch = search_together(items, query, k)
+        self.widenings += sum(best.scored > first_candidates(k) for best in batch.found)
+        return batch
 
     def _ranking(self, rows: Ints, known: Ints, wanted: Ints, found: Sequence[Found], passed: Sequence[int]) -> Ranking:
         lengths = [len(best.rows) for best in found]

@@ -189,6 +189,17 @@ def test_the_ranker_answers_as_on_a_cpu(loaded: LoadedRun, batch: int) -> None:
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
 
 
+def test_sessions_that_are_searched_again_are_counted(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `missrec_widened_searches_total`, on a GPU as on a CPU."""
+    monkeypatch.setattr(device_search, "SPARE", 0)
+    ranker, rows = Ranker(loaded.model, loaded.catalogue, together=True), np.array([[5, 6], [7, 0], [8, 9]])
+    ranker.rank(rows, top_k=3)
+    certain = ranker.widenings
+    monkeypatch.setattr(DeviceItems, "_error", lambda self, vectors, rough: torch.full((len(vectors), 1), 1e3))
+    ranker.rank(rows, top_k=3)
+    assert (certain, ranker.widenings) == (0, 3)
+
+
 def test_a_filter_is_uploaded_once_and_the_oldest_leaves(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded = list[int]()
     monkeypatch.setattr("missrec_t4r.retrieval.filters._CACHED_BYTES", 2 * (loaded.catalogue.n_rows + 400))

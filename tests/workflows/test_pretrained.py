@@ -28,6 +28,7 @@ from missrec_t4r.etl.features.pipeline import encode_items, features, word_dropp
 from missrec_t4r.etl.pipeline import etl
 from tests import processes
 from tests.crafted import Crafted
+from tests.device.second_device import second_device
 from tests.workflows.tables import EVENTS, write
 
 COLOURS = {"lamp": "red", "desk": "green", "sofa": "blue", "vase": "white"}
@@ -73,6 +74,41 @@ def shop(tmp_path: Path) -> Path:
     (tmp_path / "sofa.png").write_bytes((tmp_path / "lamp.png").read_bytes()[:40])  # cut short
     etl(*write(tmp_path / "raw", EVENTS, ITEMS), tmp_path / "data")
     return tmp_path
+
+
+def test_on_a_gpu_the_vectors_are_those_of_the_cpu(clip: Path) -> None:
+    texts, pictures = ["a red lamp", "an old oak desk for two"], [Image.new("RGB", (20, 30), "red")]
+    expected = PretrainedText(str(clip), device="cpu").encode(texts), PretrainedImage(str(clip), device="cpu")
+    with second_device():
+        text, image = (kind(str(clip), device="auto") for kind in (PretrainedText, PretrainedImage))
+        assert text.device.type == image.device.type == "cuda"
+        np.testing.assert_allclose(text.encode(texts), expected[0], atol=1e-6)
+        np.testing.assert_allclose(image.encode(pictures), expected[1].encode(pictures), atol=1e-6)
+        with pytest.raises(ConfigError, match="device 'cuda:1', and torch finds 1 GPUs"):
+            PretrainedText(str(clip), device="cuda:1")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_fp32_is_not_tf32_on_a_gpu(clip: Path, allowed: bool) -> None:
+    """Vectors of a GPU and of a CPU share a cache; torch lets convolutions take TF32 unless it is told."""
+    cudnn, seen = torch.backends.cudnn, list[tuple[object, str]]()
+    before, newer = cudnn.allow_tf32, getattr(cudnn, "conv", None)
+    encoder, picture = PretrainedImage(str(clip), device="cpu"), [Image.new("RGB", (20, 30), "red")]
+
+    def note(*_: object) -> None:
+        is_exact = not cudnn.allow_tf32 if newer is None else newer.fp32_precision == "ieee"
+        seen.append((is_exact, torch.get_float32_matmul_precision()))
+
+    encoder.model.register_forward_pre_hook(note)
+    try:
+        cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision("high")
+        encoder.encode(picture)
+        assert (cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (allowed, "high")
+    finally:
+        cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [(True, "highest")]
 
 
 def _stored(shop: Path, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 from missrec_t4r.arrays import Floats
 from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.io.json_files import read_json
+from missrec_t4r.retrieval.device_search import exact_products
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")
@@ -253,8 +254,9 @@ def _device(device: str, precision: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r}", "auto, cpu or cuda", "choose one with --device") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}, and no CUDA device is there", "cpu", "leave --device out")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
+        raise ConfigError(f"device {device!r}, and torch finds {n_gpus} GPUs", "one of them", "leave --device out")
     if chosen.type == "cpu" and precision == "fp16":
         raise ConfigError("precision fp16 on a CPU", "bf16 or fp32", "choose one with --precision")
     return chosen
@@ -262,7 +264,22 @@ def _device(device: str, precision: str) -> torch.device:
 
 def _autocast(device: torch.device, precision: str) -> Any:
     kind = PRECISIONS[precision]
-    return nullcontext() if kind is None else torch.autocast(device.type, kind)
+    return _in_fp32() if kind is None else torch.autocast(device.type, kind)
+
+
+@contextmanager
+def _in_fp32() -> Iterator[None]:
+    """Keep convolutions and products on a GPU from TF32, which torch lets the former use unless it is told."""
+    cudnn: Any = torch.backends.cudnn
+    is_newer = hasattr(cudnn, "conv")  # torch from 2.9 on
+    switches, name, exact = (cudnn.conv, "fp32_precision", "ieee") if is_newer else (cudnn, "allow_tf32", False)
+    before = getattr(switches, name)
+    setattr(switches, name, exact)
+    try:
+        with exact_products():
+            yield
+    finally:
+        setattr(switches, name, before)
 
 
 def _unit(vectors: Tensor) -> Floats:

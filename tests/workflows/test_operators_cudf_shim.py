@@ -133,6 +133,31 @@ def test_names_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["cudf.core.column"].build_categorical_column is own
 
 
+def test_where_cudf_refuses_the_card_all_goes_on_as_without_it(tmp_path: Path) -> None:
+    """As with an old driver, or a server whose fabric manager has not started; cuDF raises while it is imported."""
+    (tmp_path / "cudf").mkdir()
+    (tmp_path / "cudf" / "__init__.py").write_text("raise RuntimeError('cudaErrorSystemNotReady:\\n not initialized')")
+    code = """
+from missrec_t4r.errors import ConfigError
+from missrec_t4r.etl.gpu import device
+try:
+    import cudf
+except ImportError:  # which Merlin expects
+    print(device.obstacle())
+try:
+    device.open_device()
+except ConfigError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    why = "cuDF does not import (RuntimeError: cudaErrorSystemNotReady: not initialized)"
+    assert ran.stdout.startswith(f"{why}\n--engine gpu, and {why}; expected: cuDF 24.12")
+    assert f"{why}: tables are read and transformed on the CPU" in ran.stderr
+
+
 def test_the_parts_for_transformers4rec_apply_it_before_merlin_is_imported(tmp_path: Path) -> None:
     for package in ("cudf", "cudf/core", "cudf/core/column"):
         (tmp_path / package).mkdir()

@@ -19,6 +19,7 @@ from missrec_t4r.arrays import AnyArray
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.etl.dataframe import Array, CudfFrames, Frame, Series
 from missrec_t4r.etl.installed import has_cudf
+from missrec_t4r.etl.nvt import cudf_compat
 
 
 class CudfDevice(CudfFrames):
@@ -95,7 +96,7 @@ def _layout(file: Path) -> tuple[tuple[str, str, bool], ...]:
 def obstacle() -> str | None:
     """Return why there is no GPU to compute on; None if there is one."""
     if not has_cudf():
-        return "cuDF is not installed"
+        return next(iter(cudf_compat.refusals), "cuDF is not installed")
     return None if HAS_GPU else "there is no CUDA device"
 
 

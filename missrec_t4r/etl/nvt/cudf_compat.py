@@ -6,8 +6,9 @@
 | ``dask_cudf.from_dask_dataframe`` | Merlin, for dask frames of pandas parts |
 | ``"size"`` among the aggregations of strings | NVTabular, for `Categorify.fit` on strings |
 
-What is there is not replaced, and without cuDF nothing is imported. NVRTC, the compiler of cupy's kernels, is loaded
-from its wheel where the machine has no CUDA toolkit. All symbols, and what has been run on a GPU: docs/howto/gpu.md.
+What is there is not replaced, and without cuDF nothing is imported. Where cuDF refuses driver or card, Merlin, which
+would end with its error, goes on as without it. NVRTC, the compiler of cupy's kernels, is loaded from its wheel where
+the machine has no CUDA toolkit. All symbols, and what has been run on a GPU: docs/howto/gpu.md.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 NVRTC = "libnvrtc.so.12"
+refusals: list[str] = []
+"""Why cuDF does not import here although it is installed; empty otherwise."""
 
 
 def apply() -> list[str]:
@@ -31,7 +38,11 @@ def apply() -> list[str]:
     os.environ.setdefault("NUMBA_CUDA_USE_NVIDIA_BINDING", "1")
     _load_nvrtc()
     added = []
-    columns = importlib.import_module("cudf.core.column")
+    try:
+        columns = importlib.import_module("cudf.core.column")
+    except Exception as error:  # it asks driver and card while it is imported, and raises what they answer
+        _do_without(error)
+        return []
     if not hasattr(columns, "build_categorical_column"):
         columns.build_categorical_column = build_categorical_column  # type: ignore[attr-defined]  # that is the shim
         added.append("cudf.core.column.build_categorical_column")
@@ -49,6 +60,14 @@ def apply() -> list[str]:
             dask_cudf.from_dask_dataframe = from_dask_dataframe  # type: ignore[attr-defined]  # that is the shim
             added.append("dask_cudf.from_dask_dataframe")
     return added
+
+
+def _do_without(error: Exception) -> None:
+    """Let all that imports cuDF after this find it missing."""
+    for name in ("cudf", "dask_cudf"):
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's way to say so
+    refusals.append(f"cuDF does not import ({type(error).__name__}: {' '.join(str(error).split())})")
+    log.warning(f"{refusals[-1]}: tables are read and transformed on the CPU")
 
 
 def _load_nvrtc() -> None:

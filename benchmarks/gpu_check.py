@@ -373,7 +373,7 @@ def _with_threads(record: Record, items: int, transport: Any, sessions: list[lis
         found = list(pool.map(lambda session: client.recommend([session], top_k=20)[0], sessions))
     apart = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in zip(found, alone, strict=True))
     record.equal(f"serve/{items}/threads", apart, SCORES)
-    encoder = transport.ranker.ranker._encode
+    encoder = transport.ranker.ranker.encoder.plain
     if isinstance(encoder, GraphedEncoder):
         record.add(at=["graphs", str(items)], value=len(encoder.graphs))
         if not encoder.graphs:

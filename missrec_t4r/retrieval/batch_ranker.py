@@ -43,8 +43,6 @@ class BatchRanker:
         Of the catalogue, for filters and caps.
     encode : callable
         The session encoder.
-    masks : MaskCache
-        Of the filters of earlier batches, on the same device.
     """
 
     def __init__(
@@ -54,10 +52,9 @@ class BatchRanker:
         popularity: Tensor,
         columns: ItemColumns,
         encode: EncodeBatch,
-        masks: MaskCache[Tensor],
     ) -> None:
         self.search, self.model, self.popularity, self.columns, self.encode = search, model, popularity, columns, encode
-        self.masks = masks
+        self._masks: MaskCache[Tensor] = MaskCache()  # of the filters of earlier batches
 
     @torch.inference_mode()
     @exact_products()
@@ -155,7 +152,7 @@ class BatchRanker:
 
     def _mask(self, key: bytes, where: Where) -> Tensor:
         """Return the rows that pass a filter, [row], on the device."""
-        return self.masks.get(key, lambda: upload([self.columns.passing(where)], self.popularity.device)[0])
+        return self._masks.get(key, lambda: upload([self.columns.passing(where)], self.popularity.device)[0])
 
     def _capped(self, query: Query, found: Found, searched: int, k: int, rules: Rules) -> Found:
         """Return the k best items within the diversity caps, searching as deep as needed."""

@@ -32,14 +32,12 @@ from missrec_t4r.retrieval.device_search import (
     search_together,
     sessions_with_room,
 )
-from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, MaskCache, Rules
-from missrec_t4r.retrieval.fused_encoder import fuse_encoder
-from missrec_t4r.retrieval.graphed_encoder import GraphedEncoder
+from missrec_t4r.retrieval.filters import NO_RULES, ItemColumns, Rules
 from missrec_t4r.retrieval.index_file import RetrievalIndex
 from missrec_t4r.retrieval.int8_bounds import AVAILABLE, Int8Bounds, quantise
-from missrec_t4r.retrieval.packed_scores import pack_items
+from missrec_t4r.retrieval.packed_scores import PackedItems, pack_items
+from missrec_t4r.retrieval.query_encoder import QueryEncoder
 from missrec_t4r.retrieval.topk import SPARE, Batch, Found, Query, scan_bounds, search
-from missrec_t4r.retrieval.traced_encoder import Encode, SessionEncoder, trace_encoder
 from missrec_t4r.schema import FIRST_ITEM_ROW, PADDING_ROW, UNKNOWN_ROW
 
 _SCORES_IN_MEMORY = 1 << 25
@@ -69,6 +67,33 @@ class Ranking:
     n_passed: npt.NDArray[np.int32]
     """[batch]: items that the filters let through, before the caps; ``n_items`` is the smaller of it and ``top_k``
     unless caps take some away."""
+
+
+@dataclass
+class Searcher:
+    """The search of a batch, and how often it had to go on."""
+
+    table: PackedItems
+    quantised: Int8Bounds | None = None
+    """For the bounds of a large catalogue; those of a small one are scanned."""
+    together: DeviceItems | None = None
+    """To search all sessions together; without them one after the other, from bounds of all scores."""
+    widenings: int = 0
+    """Sessions whose exactness check failed for the first candidates, so that the search widened."""
+
+    def __call__(self, query: Query, k: int) -> Batch:
+        """Return the k best items of every session."""
+        if self.together is not None:
+            first, batch = first_candidates(k), search_together(self.together, query, k)
+        else:
+            if self.quantised is None:
+                bounds = scan_bounds(self.table, query)
+            else:
+                bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
+            passed = [np.count_nonzero(line) for line in query.allowed.numpy(force=True)]
+            first, batch = k + SPARE, Batch(search(self.table, query, bounds, k), passed)
+        self.widenings += sum(best.scored > first for best in batch.found)
+        return batch
 
 
 class Ranker:
@@ -132,25 +157,13 @@ class Ranker:
             if together:
                 self.batch_size = sessions_with_room(table, self.device, batch_size)
             self.table = table.to(self.device)
-            self._tokens = tokens if small else None
-            self._popularity = self._popular(catalogue)
-        self._fused = None if together else fuse_encoder(self.model, self._tokens)
-        self._encode: Encode | None = None
-        if together:
-            encoder = SessionEncoder(self.model, self._tokens, all_slots=True).eval()
-            self._encode = GraphedEncoder(encoder, self.device, self.max_sequence_length, self.batch_size)
-        elif self._fused is None:
-            self._encode = trace_encoder(SessionEncoder(self.model, self._tokens))
-        else:
-            self._tokens = None  # the fused encoder has what it needs of them
-        self._all_slots = together
-        self.quantised: Int8Bounds | None = None
+            popularity = self._popular(catalogue)
+        kept = tokens if small else None
+        self.encoder = QueryEncoder(self.model, kept, self.device, self.batch_size, together=together)
+        self.search = Searcher(self.table, together=DeviceItems.place(self.table, self.device) if together else None)
         if self.device.type == "cpu" and catalogue.n_rows >= certified_from and AVAILABLE and not together:
-            self.quantised = quantise(self.table) if tables is None else tables.quantised
-        self.widenings = 0
-        """Sessions whose exactness check failed for the first candidates, so that the search widened."""
-        self._device_items = DeviceItems.place(self.table, self.device) if together else None
-        self._masks: MaskCache[Tensor] = MaskCache()
+            self.search.quantised = quantise(self.table) if tables is None else tables.quantised
+        self.batches = BatchRanker(self.search, self.model, popularity, self.columns, self.encoder)
         self._page_release = PeriodicPageRelease(self._mapped() if tables is not None else (), _RELEASE_EVERY)
 
     @torch.inference_mode()
@@ -210,7 +223,7 @@ class Ranker:
             own_rules = [NO_RULES] * len(known[step]) if rules is None else list(rules[step])
             own_features = {name: values[step] for name, values in aligned.items()}
             listed = None if allow is None else allow[step]
-            best = self._batch_ranker()(known[step], own_features, banned[step], listed, wanted[step], own_rules)
+            best = self.batches(known[step], own_features, banned[step], listed, wanted[step], own_rules)
             found, passed = found + best.found, passed + best.passed
         self._page_release.count(batch)
         _refuse_missing(wanted, passed, found, rules)
@@ -220,46 +233,11 @@ class Ranker:
         """Return the session vectors [batch, dim] of compacted rows [batch, seq]; zero for an empty session."""
         features = {name: torch.from_numpy(values).to(self.device) for name, values in (event_features or {}).items()}
         with exact_products():
-            return self._encode_there(torch.from_numpy(known).to(self.device), features)
-
-    def _encode_there(self, session: Tensor, event_features: Mapping[str, Tensor]) -> Tensor:
-        """Return the session vectors [batch, dim] of sessions that are on the device already."""
-        if self._fused is not None:
-            features = {name: values.numpy(force=True) for name, values in event_features.items()}
-            return self._fused(session.numpy(force=True), features)
-        if not event_features and self._encode is not None:
-            return self._encode(session)
-        items = None if self._tokens is None else self._tokens.take(session)
-        slots = self.model.interests.most_slots(session) if self._all_slots else None
-        vectors = self.model.encode(
-            session, items=items, last_only=True, event_features=event_features, n_interests=slots
-        ).vectors
-        return vectors * (session > PADDING_ROW).any(1, keepdim=True)
+            return self.encoder(torch.from_numpy(known).to(self.device), features)
 
     def query(self, known: Ints, event_features: EventArrays) -> Query:
         """Return the query of compacted rows [batch, seq] and their event features, without any filter."""
-        return self._batch_ranker().query(known, event_features)
-
-    def _batch_ranker(self) -> BatchRanker:
-        """Return what ranks one batch; it is not kept, as the two would keep each other, and all tables, in memory."""
-        find = self._search if self._device_items is None else partial(self._search_together, self._device_items)
-        return BatchRanker(find, self.model, self._popularity, self.columns, self._encode_there, self._masks)
-
-    def _search(self, query: Query, k: int) -> Batch:
-        """Search the sessions one after the other, from bounds of all scores."""
-        if self.quantised is None:
-            bounds = scan_bounds(self.table, query)
-        else:
-            bounds = self.quantised.bounds(self.table, query, torch.get_num_threads())
-        found = search(self.table, query, bounds, k)
-        self.widenings += sum(best.scored > k + SPARE for best in found)
-        return Batch(found, [np.count_nonzero(line) for line in query.allowed.numpy(force=True)])
-
-    def _search_together(self, items: DeviceItems, query: Query, k: int) -> Batch:
-        """Search the sessions together, on their device."""
-        batch = search_together(items, query, k)
-        self.widenings += sum(best.scored > first_candidates(k) for best in batch.found)
-        return batch
+        return self.batches.query(known, event_features)
 
     def _ranking(self, rows: Ints, known: Ints, wanted: Ints, found: Sequence[Found], passed: Sequence[int]) -> Ranking:
         lengths = [len(best.rows) for best in found]

@@ -190,8 +190,8 @@ def test_recorded_sessions_are_ranked_as_on_the_cpu(monkeypatch: pytest.MonkeyPa
     with second_device():
         ranker = Ranker(served.model_for(catalogue, **settings), catalogue, device="cuda:0", batch_size=4)
         found = ranker.rank(rows, top_k=5)
-    assert isinstance(ranker._encode, graphed_encoder.GraphedEncoder)
-    assert sorted(ranker._encode.graphs) == [(1, 8), (2, 8), (4, 8)]
+    assert isinstance(ranker.encoder.plain, graphed_encoder.GraphedEncoder)
+    assert sorted(ranker.encoder.plain.graphs) == [(1, 8), (2, 8), (4, 8)]
     assert found.rows.tolist() == expected.rows.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
 

@@ -194,10 +194,10 @@ def test_sessions_that_are_searched_again_are_counted(loaded: LoadedRun, monkeyp
     monkeypatch.setattr(device_search, "SPARE", 0)
     ranker, rows = Ranker(loaded.model, loaded.catalogue, together=True), np.array([[5, 6], [7, 0], [8, 9]])
     ranker.rank(rows, top_k=3)
-    certain = ranker.widenings
+    certain = ranker.search.widenings
     monkeypatch.setattr(DeviceItems, "_error", lambda self, vectors, rough: torch.full((len(vectors), 1), 1e3))
     ranker.rank(rows, top_k=3)
-    assert (certain, ranker.widenings) == (0, 3)
+    assert (certain, ranker.search.widenings) == (0, 3)
 
 
 def test_a_filter_is_uploaded_once_and_the_oldest_leaves(loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_the_ranker_agrees_with_the_model(grown: LoadedBundle, certified_from: i
     n, rng = grown.catalogue.n_rows, np.random.default_rng(1)
     histories = Sessions.from_lists([rng.integers(3, n, length) for length in rng.integers(1, 12, 60)])
     ranker = Ranker(grown.model, grown.catalogue, certified_from=certified_from)
-    assert (ranker.quantised is not None) == (certified_from == 0)
+    assert (ranker.search.quantised is not None) == (certified_from == 0)
     assert compare_offline(ranker, grown.model, histories).equal
     term = terms_of(grown.model).rare_items
     assert {int(group) for group in term.groups} == {0, 1, 2}

@@ -201,8 +201,8 @@ def test_an_items_score_depends_neither_on_its_place_nor_on_its_batch() -> None:
 def test_the_ranker_takes_the_certified_search_by_itself_and_answers_the_same(loaded: LoadedRun) -> None:
     plain = Ranker(loaded.model, loaded.catalogue)
     large = Ranker(loaded.model, loaded.catalogue, certified_from=10)
-    assert plain.quantised is None
-    assert large.quantised is not None
+    assert plain.search.quantised is None
+    assert large.search.quantised is not None
     rows = shop.padded(
         [torch.randint(1, 33, (1 + i % 8,), generator=torch.Generator().manual_seed(i)).numpy() for i in range(40)]
     )

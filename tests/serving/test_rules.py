@@ -140,7 +140,7 @@ def test_a_list_with_caps_is_filled_from_as_deep_as_needed(ranker: Ranker) -> No
 def test_caps_make_the_search_of_other_sessions_no_deeper(ranker: Ranker) -> None:
     rules = [Rules.parse('{"at_most": {"brand": 1}}'), NO_RULES, Rules.parse('{"at_most": {"stars": 1}}')]
     known, nobody, wanted = np.array([[5], [9], [12]]), np.zeros((3, 0), np.int64), np.array([4, 3, 4])
-    found = ranker._batch_ranker()(known, {}, nobody, None, wanted, rules).found
+    found = ranker.batches(known, {}, nobody, None, wanted, rules).found
     assert [len(best.rows) for best in found] == [4, 4, 4]
     for line, best in enumerate(found):
         alone = ranker.rank(known[line : line + 1], top_k=4, rules=rules[line : line + 1])

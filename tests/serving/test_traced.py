@@ -121,7 +121,7 @@ def test_without_graphs_the_sessions_are_encoded_plainly_and_the_log_says_so(cap
         ranker = Ranker(shop.model_for(own), own, device="cuda:0")
         assert ranker.rank(np.array([[5, 9, 4]]), top_k=3).n_items.tolist() == [3]
     assert "without CUDA graphs" in caplog.text
-    encoder = ranker._encode
+    encoder = ranker.encoder.plain
     assert isinstance(encoder, GraphedEncoder)
     assert encoder.obstacle in caplog.text
     assert encoder.obstacle

@@ -175,7 +175,7 @@ class RankerMetrics(RequestMetrics):
         for request, response in zip(requests, responses, strict=True):
             if not isinstance(request, MISSRecError) and not isinstance(response, MISSRecError):
                 _count(counts, request, response, self._ranker.catalogue.n_items)
-        widenings = self._ranker.widenings
+        widenings = self._ranker.search.widenings
         counts["missrec_widened_searches_total"] = widenings - self._last_widenings
         self._last_widenings = widenings
         return counts

@@ -53,8 +53,8 @@ def is_list(column: ColumnSchema) -> bool:
     return bool(column.is_list or {Tags.LIST, Tags.SEQUENCE} & set(column.tags))
 
 
-def item_column(schema: Schema, n_rows: int) -> ColumnSchema:
-    """Return the item column.
+def item_column(schema: Schema, n_rows: int | None = None) -> ColumnSchema:
+    """Return the item column; with ``n_rows``, check its domain against the catalogue's rows.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def item_column(schema: Schema, n_rows: int) -> ColumnSchema:
             "group the events into sessions and encode the ids with `missrec etl`",
         )
     domain = column.int_domain
-    if domain is not None and domain.max is not None and domain.max >= n_rows:
+    if domain is not None and domain.max is not None and n_rows is not None and domain.max >= n_rows:
         raise SchemaError(
             f"item column {column.name!r} has row numbers up to {int(domain.max)}",
             f"at most {n_rows - 1}: the catalogue's {n_rows} rows are numbered from 0, its items from {FIRST_ITEM_ROW}",

@@ -21,8 +21,8 @@ from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import Examples, training_batches
 from missrec_t4r.data.sessions import Sessions, gather
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.t4r.columns import as_core_schema
-from missrec_t4r.t4r.reading import item_name, read_sessions
+from missrec_t4r.t4r.columns import as_core_schema, item_column
+from missrec_t4r.t4r.reading import read_sessions
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
             )
         sessions = read_sessions(paths_or_dataset, schema)
         sessions = sessions.known() if shuffle else sessions.with_known_target()
-        item = item_name(as_core_schema(schema))
+        item = item_column(as_core_schema(schema)).name
         rank, size = (0, 1) if global_rank is None or not global_size else (global_rank, global_size)
         train = TrainConfig(
             batch_size=batch_size, seed=seed, windows_per_session=per_session, reverse_probability=reverse_probability

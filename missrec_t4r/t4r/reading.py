@@ -11,14 +11,13 @@ import dask
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from merlin.schema import Schema, Tags
 
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.dataframe import adapter_of
 from missrec_t4r.schema import NULL_ROW
-from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, is_list
+from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, item_column
 
 
 def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
@@ -34,7 +33,7 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
     if isinstance(paths_or_dataset, Sessions):
         return paths_or_dataset
     core_schema = as_core_schema(schema)
-    item = item_name(core_schema)
+    item = item_column(core_schema).name
     event_features = event_feature_schema(core_schema, item).column_names
     table = _read_table(paths_or_dataset, [item, *event_features])
     values, offsets = flat_lists(table[item], NULL_ROW)
@@ -47,14 +46,6 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
             )
         features[name] = feature.astype(np.float32) if feature.dtype.kind == "f" else feature.astype(np.int64)
     return Sessions(values.astype(np.int64), offsets, features)
-
-
-def item_name(schema: Schema) -> str:
-    """Return the name of the one list column tagged ITEM_ID."""
-    names = schema.select_by_tag(Tags.ITEM_ID).column_names
-    if len(names) != 1 or not is_list(schema[names[0]]):
-        raise SchemaError(f"columns tagged ITEM_ID: {names}", "one list column")
-    return str(names[0])
 
 
 def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:

@@ -27,6 +27,7 @@ from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs import run_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.build import missrec_block, to_core
+from missrec_t4r.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def save_run(
     """Fit the score terms of a trained T4R model, and write the run folder that ``missrec train`` writes.
 
     The terms are counted on the split ``train`` and tuned on ``valid``; from then on ``model`` has them too, so that
-    ``trainer.evaluate()`` gives the figures of the run.
+    ``trainer.evaluate()`` gives the figures of the run. Under torchrun every process calls it, the first one writes.
 
     Parameters
     ----------
@@ -105,27 +106,32 @@ def save_run(
         "valid": quick_metrics(ModelScorer.with_popularity(core, catalogue), valid, catalogue.n_rows),
         "device": str(next(core.parameters()).device),
     }
-    recipe = Recipe(name="t4r", model=core.config, train=settings)
-    if (out / run_folder.RUN_FILE).is_file():
-        others = [path for path in (folder.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
-        if overwrite:
-            log.info(f"{out} holds a finished run: its files are replaced")
-        elif others:
-            log.warning(
-                f"{out} held a finished run, which is replaced: {others[0]} could not stay if {out} were renamed"
-            )
-        else:
-            log.warning(
-                f"{out} held a finished run, which is kept as {_set_aside(out)}; "
-                "save_run(..., overwrite=True) replaces a run"
-            )
-    run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
-    try:
-        _require_parity(core, catalogue, out, valid)
-    except ParityError:
-        (out / run_folder.RUN_FILE).unlink()  # without it the folder is not a run
-        raise
-    return {"run": str(out), **info}
+    if not (distributed.launched().rank or distributed.world().rank):  # of several processes the first one writes
+        _make_way(out, folder, overwrite)
+        recipe = Recipe(name="t4r", model=core.config, train=settings)
+        run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
+        try:
+            _require_parity(core, catalogue, out, valid)
+        except ParityError:
+            (out / run_folder.RUN_FILE).unlink()  # without it the folder is not a run
+            raise
+    return {"run": str(out), **info}  # without waiting: a script may call this in its first process alone
+
+
+def _make_way(out: Path, data: Path, overwrite: bool) -> None:
+    """Keep a run that ``out`` holds beside it, unless it is to be replaced, or something there has to stay."""
+    if not (out / run_folder.RUN_FILE).is_file():
+        return
+    others = [path for path in (data.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
+    if overwrite:
+        log.info(f"{out} holds a finished run: its files are replaced")
+    elif others:
+        log.warning(f"{out} held a finished run, which is replaced: {others[0]} could not stay if {out} were renamed")
+    else:
+        log.warning(
+            f"{out} held a finished run, which is kept as {_set_aside(out)}; "
+            "save_run(..., overwrite=True) replaces a run"
+        )
 
 
 def _set_aside(out: Path) -> Path:

@@ -37,7 +37,7 @@ from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.curves import Curves
-from missrec_t4r.training.distributed import own_device
+from missrec_t4r.training.distributed import launched, own_device
 from missrec_t4r.training.fit import read_training_data
 from missrec_t4r.training.state import content_checksum
 
@@ -104,10 +104,16 @@ def train_t4r(
     Raises
     ------
     DataError, SchemaError, ConfigError
-        Unusable data, a schema that does not fit the catalogue, a checkpoint of another recipe, or a device that is not
-        there or that T4R's Trainer does not choose.
+        Unusable data, a schema that does not fit the catalogue, a checkpoint of another recipe, a device that is not
+        there or that T4R's Trainer does not choose, or several processes.
     """
     started = time.perf_counter()
+    if (size := launched().size) > 1:
+        raise ConfigError(
+            f"--trainer t4r in {size} processes of torchrun, each of which would train on all sessions",
+            "one process",
+            "leave --trainer out, or write a script with tr.Trainer and mr.save_run",
+        )
     where = own_device(device)
     if ":" in device and where.index:
         cure = f"set CUDA_VISIBLE_DEVICES={where.index} in the environment, and --device cuda"

@@ -343,6 +343,14 @@ def test_train_t4r_refuses_a_device_that_it_would_not_take(
         train_t4r(data, recipe(), tmp_path / "run", device="cuda:1", dry_run=True)
 
 
+def test_train_t4r_refuses_several_processes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train on all sessions, and the last one to end would not find the checkpoints any more."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="t4r in 2 processes of torchrun.*leave --trainer out"):
+        train_t4r(data, recipe(), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_t4r_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would start a thread for each, which `MISSRecBlock` refuses."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -43,7 +43,7 @@ class StepState:
         self._encoded: Encoded | None = None
         self._of_step: CandidateEmbeddings | None = None
         self._of_weights: CandidateEmbeddings | None = None
-        self._version: tuple[tuple[int, int], ...] = ()
+        self._version: tuple[object, ...] = ()
 
     def __reduce__(self) -> tuple[type[StepState], tuple[()]]:
         return StepState, ()  # a saved or copied model starts without a step
@@ -80,7 +80,9 @@ class StepState:
             return self._of_step
         if torch.is_grad_enabled() or torch.jit.is_tracing() or core.training:  # which drops modalities at random
             return core.candidates()
-        version = tuple((weight.data_ptr(), weight._version) for weight in core.item_encoder.parameters())
+        device = next(core.parameters()).device.type
+        precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)  # a Trainer's bf16 ends with it
+        version = (precision, *((weight.data_ptr(), weight._version) for weight in core.item_encoder.parameters()))
         if self._of_weights is None or version != self._version:
             self._of_weights, self._version = core.candidates(), version
         return self._of_weights

@@ -154,7 +154,11 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             return self._learn(inputs)
         core, state = self.core, self._block[0].state
         scores = core.score(inputs[:, 0], state.candidates(core), state.sessions.item_ids)
-        return scores if top_k is None else top_items(scores, top_k)
+        if top_k is None:
+            return scores
+        if torch.jit.is_tracing():  # whose steps cannot depend on whether there are ties
+            return _top_items_of_a_trace(scores, min(top_k, core.item_encoder.n_rows))
+        return top_items(scores, top_k)
 
     def _learn(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the loss of all labels, and the last label of each row with its predictions."""
@@ -207,6 +211,16 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         if not len(targets):
             return {}
         return {self.metric_name(metric): _update(metric, predictions, targets) for metric in self.metrics}
+
+
+def _top_items_of_a_trace(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what `top_items` returns, by the same steps for any scores."""
+    last = scores.topk(k, dim=1).values[:, -1:]
+    above, tied = scores > last, scores == last
+    room = k - above.sum(1, keepdim=True)  # for the lowest rows of those that tie for the last places
+    rows = (above | (tied & (tied.cumsum(1) <= room))).nonzero()[:, 1].reshape(-1, k)  # ascending
+    best, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    return best, rows.gather(1, order)
 
 
 def _default_metrics() -> list[torchmetrics.Metric]:

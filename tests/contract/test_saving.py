@@ -18,11 +18,13 @@ from missrec_t4r import commands
 from missrec_t4r.data.event_features import load_sessions
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ParityError
+from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.t4r.build import to_core
+from missrec_t4r.t4r.task import _top_items_of_a_trace
 from tests import processes
 from tests.contract import shop
 
@@ -219,6 +221,24 @@ def test_other_models_are_traced_without_a_warning_too(data: Path, settings: dic
     model = by_hand(**settings).eval()
     sessions = load_sessions(data, "valid", to_core(model).event_columns).known()
     require_right_traces(model, [batch_of(size, sessions, width) for size, width in ((3, 1), (32, 12), (4, 5))])
+
+
+def test_the_best_items_of_a_trace_are_those_of_the_model(data: Path) -> None:
+    """T4R's serving notebooks set ``model.top_k`` before they trace; equal items keep the catalogue's order."""
+    model = by_hand(interest_ratio=0.0).eval()
+    sessions = load_sessions(data, "valid", to_core(model).event_columns).known()
+    model.top_k = 7
+    traced = torch.jit.trace(model, batch_of(4, sessions), check_trace=False)
+    for batch in (batch_of(size, sessions, width) for size, width in ((4, 12), (9, 12), (1, 3))):
+        with torch.no_grad():
+            for found, expected in zip(traced(dict(batch)), model(dict(batch))):
+                torch.testing.assert_close(found, expected)
+
+    scores = torch.randint(5, (50, 30)).float()
+    scores[scores == 0] = -torch.inf
+    for k in (1, 7, 30):
+        for found, expected in zip(_top_items_of_a_trace(scores, k), top_items(scores, k)):
+            assert torch.equal(found, expected)
 
 
 def require_right_traces(model: tr.Model, batches: list[dict[str, torch.Tensor]]) -> None:

@@ -86,6 +86,18 @@ def test_candidates_of_the_training_mode_are_not_those_of_the_next_evaluation() 
         assert torch.equal(found, core.score(core(item_ids), core.candidates(), item_ids))
 
 
+def test_candidates_of_an_evaluation_in_bf16_are_not_those_of_the_model_after_it() -> None:
+    """`T4RecTrainingArguments(bf16=True)` wraps the Trainer's calls alone; those of the script have full precision."""
+    model, batch = without_event_features()
+    with torch.no_grad():
+        expected = model.eval()(dict(batch))
+        for parameter in model.parameters():
+            parameter.mul_(1.0)  # a new version of the weights: candidates are computed again
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not torch.equal(model(dict(batch), testing=True)["predictions"], expected)
+        assert torch.equal(model(dict(batch)), expected)
+
+
 def test_half_precision_keeps_losses_finite() -> None:
     """In fp16 a vector of zeros, that of a missing modality, cannot be divided by its length, which 1e-12 is not."""
     model, batch = without_event_features(dropout=0.0)

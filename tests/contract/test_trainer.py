@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_a_saved_model_scores_bit_for_bit(data: Path, tmp_path: Path, loader: Ca
     again.save(tmp_path / "trained")
     grown = (tmp_path / "trained" / "t4rec_model_class.pkl").stat().st_size - weights
     assert grown < 1000, "a saved model must not carry its last step"
+
+
+def test_after_bf16_a_model_is_unwrapped_before_it_is_saved(
+    data: Path, tmp_path: Path, loader: Callable[..., Any]
+) -> None:
+    """accelerate leaves its autocast around the model's forward; then T4R's own models cannot be pickled either."""
+    model = a_model()
+    trainer = a_trainer(model, data, arguments(tmp_path, num_train_epochs=1, bf16=True))
+    trainer.train()
+    trainer.evaluate()
+    with pytest.raises(pickle.PicklingError, match="automatic mixed precision"):
+        model.save(tmp_path / "saved")
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.save(tmp_path / "saved")
+    batch, _ = next(iter(loader("missrec", data / "test", ITEMS, batch_size=17, shuffle=False)))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(dict(batch)), tr.Model.load(tmp_path / "saved").eval()(dict(batch)))
 
 
 @pytest.mark.parametrize("stop_at", [5, 8], ids=["within an epoch", "at its end"])

@@ -24,6 +24,7 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import event_columns, fit_event_columns, load_sessions
 from missrec_t4r.data.sessions import Sessions
+from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.nvt.adopt import adopt
 from missrec_t4r.t4r.columns import as_core_schema
@@ -351,6 +352,33 @@ def test_the_id_column_takes_the_name_of_another_one(tutorial: Path, items: tupl
     assert ("column_name_taken", 1) in {(finding["check"], finding["count"]) for finding in report["findings"]}
     table = Catalogue.load(tmp_path / "data" / "catalogue").items
     assert table["title"][1].as_py() == f"item {table['item_id'][1].as_py()}"
+
+
+def test_users_are_told_apart_in_given_splits_and_keep_the_ids_of_a_named_column(
+    tutorial: Path, tmp_path: Path
+) -> None:
+    """A session key of another name, without a tag, is not found; numbers must not join sessions of two splits."""
+    whole = pq.read_table(tutorial / "processed" / "part_0.parquet")
+    whole = whole.rename_columns(["visit" if name == "session_id" else name for name in whole.column_names])
+    parts = {name: whole.slice(10 * start, 10) for start, name in enumerate(("train", "valid", "test"))}
+    files = _splits(tutorial, tmp_path, **parts)
+    report = adopt(tutorial / "workflow", tmp_path / "data", **files)  # type: ignore[arg-type]
+    assert [(finding["check"], finding["count"]) for finding in report["findings"]] == [("numbered_sessions", 10)] * 3
+    assert "--user-column" in report["findings"][0]["message"]
+    assert len(user_sessions(tmp_path / "data")[0]) == 30
+
+    report = adopt(tutorial / "workflow", tmp_path / "data", user_column="visit", **files)  # type: ignore[arg-type]
+    assert report["findings"] == []
+    assert sorted(user_sessions(tmp_path / "data")[0]) == sorted(whole["visit"].to_pylist()[:30])  # type: ignore[type-var]
+    with pytest.raises(SchemaError, match=r"no column 'visitor' of users among .*'visit'.*--user-column"):
+        adopt(tutorial / "workflow", tmp_path / "none", user_column="visitor", **files)  # type: ignore[arg-type]
+
+
+def test_a_file_of_training_sessions_is_no_test_split(tutorial: Path, tmp_path: Path) -> None:
+    """As a folder that holds train.parquet and test.parquet would be, given for both."""
+    _splits(tutorial, tmp_path)
+    with pytest.raises(DataError, match=r"\.parquet is in --train and in --valid, whose targets would be trained"):
+        adopt(tutorial / "workflow", tmp_path / "data", train=tmp_path, valid=tmp_path, test=tmp_path)
 
 
 def _splits(tutorial: Path, folder: Path, **changed: pa.Table) -> dict[str, Path]:

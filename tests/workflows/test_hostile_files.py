@@ -54,6 +54,27 @@ def test_every_kind_of_file_gives_the_same_sessions(name: str, tmp_path: Path) -
     assert events.is_file()
 
 
+def test_what_spark_and_merlin_write_beside_tables_is_not_read_as_one(tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    (folder := tmp_path / "events").mkdir()
+    for name in ("part_0.parquet", "._part_0.parquet"):
+        (folder / name).write_bytes(events.read_bytes() if name[0] == "p" else b"of a Mac")
+    (folder / "_metadata.json").write_text('{"data_paths": []}')
+    etl(folder, items, tmp_path / "data")
+    etl(events, items, tmp_path / "expected")
+    assert items_of(tmp_path / "data", "test") == items_of(tmp_path / "expected", "test")
+
+
+def test_a_folder_of_folders_is_refused_with_the_pattern_that_reads_it(tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    (day := tmp_path / "events" / "day=1").mkdir(parents=True)
+    events.rename(day / "part_0.parquet")
+    with pytest.raises(DataError, match="no interactions file in .*, whose subfolders hold some") as refused:
+        etl(tmp_path / "events", items, tmp_path / "data")
+    pattern = str(refused.value).split("pass the pattern '")[1].split("'")[0]
+    etl(pattern, items, tmp_path / "data")
+
+
 @pytest.mark.parametrize("engine", ["memory", "disk"])
 @pytest.mark.parametrize("name", ["user_id", "event_type"])
 def test_a_column_that_is_there_twice_is_named(name: str, engine: str, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def adopt(
     items: str | Path | None = None,
     item_column: str = ITEM_ID,
     vocabulary_column: str = ITEM_ID,
+    user_column: str | None = None,
     schema: str | Path | None = None,
     modality: Mapping[str, str | Path] | None = None,
     fingerprint: Mapping[str, str] | None = None,
@@ -76,6 +77,9 @@ def adopt(
         Column of the raw id in the item table.
     vocabulary_column : str
         Column that the workflow encoded.
+    user_column : str, optional
+        Column of the user or session id in the sessions; by default the one that their schema tags USER_ID or
+        SESSION_ID, or user_id or session_id. Without any, sessions are numbered.
     schema : path, optional
         schema.pbtxt of the sessions; by default the one beside or above them.
     modality : mapping of str to path
@@ -120,7 +124,7 @@ def adopt(
         table, vectors = _read_items(Path(items), item_column, files, findings)
         table, vectors = _in_rows(ids, table, vectors, new_items, findings)
     catalogue = item_table.build_catalogue(table, vectors, files, fingerprint)
-    reader = Reader(FIRST_ITEM_ROW + len(ids), None if schema is None else Path(schema), findings)
+    reader = Reader(FIRST_ITEM_ROW + len(ids), None if schema is None else Path(schema), findings, user_column)
     if split_files:
         rows = reader.read_splits(split_files)
     else:

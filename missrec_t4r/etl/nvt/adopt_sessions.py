@@ -46,12 +46,17 @@ class Reader:
         schema.pbtxt; None searches beside and above the sessions.
     findings : Findings
         Receives what was dropped.
+    user_column : str or None
+        Column of the user or session; None takes the one that the schema or its name tells.
     """
 
-    def __init__(self, rows: int, schema: Path | None, findings: checks.Findings) -> None:
-        self.rows, self.schema_file, self.findings = rows, schema, findings
+    def __init__(
+        self, rows: int, schema: Path | None, findings: checks.Findings, user_column: str | None = None
+    ) -> None:
+        self.rows, self.schema_file, self.findings, self.user_column = rows, schema, findings, user_column
         self._raw_names: dict[str, str] = {}  # our name -> name in the files, of all that was read
         self._schema: Schema | None = None
+        self._numbered = 0  # sessions without a key; those of another split get other numbers
 
     def read(self, paths: Paths) -> pa.Table:
         """Return the sessions as ``user_id``, ``item_id-list`` and further ``-list`` columns.
@@ -63,11 +68,11 @@ class Reader:
         DataError
             The sessions have item rows outside the vocabulary, or no known item.
         """
-        files = [file for file in expand(paths, "sessions") if not file.name.startswith("_")]
+        files = expand(paths, "sessions")
         table = read_table(files, "sessions")
         if self._schema is None:
             self._schema = _read_schema(self.schema_file or _beside(files[0]))
-        names = _session_columns(table, self._schema, self.rows)
+        names = _session_columns(table, self._schema, self.rows, self.user_column)
         columns = {name: _as_offset_lists(table[raw]) for name, raw in names.items()}
         columns[ITEM_LIST] = items = _of_rows(columns[ITEM_LIST], names[ITEM_LIST])
         misaligned = [
@@ -78,7 +83,15 @@ class Reader:
         message = f"columns {misaligned} have lists of other lengths than the items"
         self.findings.add("list_column_left_out", len(misaligned), message)
         self._raw_names |= names
-        users = {} if USER_ID in names else {USER_ID: pa.array(np.arange(table.num_rows))}
+        users = {}
+        if USER_ID not in names:
+            users[USER_ID] = pa.array(np.arange(table.num_rows) + self._numbered)
+            self._numbered += table.num_rows
+            message = (
+                "no column is tagged USER_ID or SESSION_ID, or called user_id or session_id: sessions are numbered; "
+                "--user-column names the column of their ids"
+            )
+            self.findings.add("numbered_sessions", table.num_rows, message)
         aligned = {name: column for name, column in columns.items() if name not in misaligned}
         return self._without_unknown(users | aligned, items, files[0])
 
@@ -92,6 +105,14 @@ class Reader:
         """
         if missing := [name for name in SPLITS if name not in paths]:
             raise DataError(f"no sessions for {missing}", "train, valid and test", "name them, or --sessions alone")
+        files = {name: {file.resolve() for file in expand(paths[name], "sessions")} for name in SPLITS}
+        for name in SPLITS[1:]:
+            if shared_files := sorted(files[name] & files[SPLITS[0]]):
+                raise DataError(
+                    f"{shared_files[0]} is in --train and in --{name}, whose targets would be trained",
+                    "other files",
+                    "name files in place of folders that hold several splits",
+                )
         tables = {name: self.read(paths[name]) for name in SPLITS}
         shared = [name for name in tables["train"].column_names if all(name in t.column_names for t in tables.values())]
         partly = sorted({name for table in tables.values() for name in table.column_names} - set(shared))
@@ -149,7 +170,7 @@ class Reader:
         return take_events(pa.table(columns), known, lengths)
 
 
-def _session_columns(table: pa.Table, schema: Schema, n_rows: int) -> dict[str, str]:
+def _session_columns(table: pa.Table, schema: Schema, n_rows: int, user_column: str | None) -> dict[str, str]:
     """Return the names in the table by our name: session key, items and event features."""
     lists = [name for name in table.column_names if is_list(table[name].type)]
     item_columns = [name for name in schema.select_by_tag(Tags.ITEM_ID).column_names if name in table.column_names]
@@ -175,6 +196,15 @@ def _session_columns(table: pa.Table, schema: Schema, n_rows: int) -> dict[str, 
         )
     keys = [name for tag in (Tags.USER_ID, Tags.SESSION_ID) for name in schema.select_by_tag(tag).column_names]
     keys = [name for name in [*keys, USER_ID, SESSION_ID] if name in table.column_names and name not in lists]
+    if user_column is not None:
+        if user_column not in table.column_names or user_column in lists:
+            others = [name for name in table.column_names if name not in lists]
+            raise SchemaError(
+                f"no column {user_column!r} of users among {others}",
+                "a column with one value per session",
+                "name another one with --user-column",
+            )
+        keys = [user_column]
     names = {USER_ID: keys[0]} if keys else {}
     names[ITEM_LIST] = tagged[0]
     for name in lists:

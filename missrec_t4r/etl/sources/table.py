@@ -108,13 +108,16 @@ def expand(paths: Paths, what: str) -> list[Path]:
         if path.is_file():
             matches = [path]
         elif path.is_dir():
-            matches = sorted(file for file in path.iterdir() if file.name.endswith(_KNOWN))
+            matches = _in_folder(path)
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not matches:
-            raise DataError(
-                f"no {what} file at {path}", "a parquet, csv or json-lines file", "check the path or the pattern"
+            deeper = (
+                next((file for file in path.rglob("*") if file.name.endswith(_KNOWN)), None) if path.is_dir() else None
             )
+            cure = f"pass the pattern '{path}/**/*{deeper.suffix}'" if deeper else "check the path or the pattern"
+            place = f"in {path} itself, whose subfolders hold some" if deeper else f"at {path}"
+            raise DataError(f"no {what} file {place}", "a parquet, csv or json-lines file", cure)
         files += matches
     if not files:
         raise DataError(f"no {what} file was named", "at least one path")
@@ -124,6 +127,13 @@ def expand(paths: Paths, what: str) -> list[Path]:
     if repeated := len(files) - len(once):
         log.warning(f"{repeated} of the {what} files are named twice; each is read once")
     return list(once.values())
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """Return the tables in a folder; ``_metadata`` and the like are what Spark and Merlin write about them."""
+    return sorted(
+        file for file in path.iterdir() if file.name.endswith(_KNOWN) and not file.name.startswith(("_", "."))
+    )
 
 
 @contextmanager

@@ -354,6 +354,25 @@ def test_the_id_column_takes_the_name_of_another_one(tutorial: Path, items: tupl
     assert table["title"][1].as_py() == f"item {table['item_id'][1].as_py()}"
 
 
+def test_categories_keep_their_raw_values_whatever_their_list_is_called(tutorial: Path, tmp_path: Path) -> None:
+    """NVTabular calls it ``category_list`` by default; the schema says which vocabulary its codes are of."""
+    sessions, workflow = tmp_path / "processed", shutil.copytree(tutorial / "workflow", tmp_path / "workflow")
+    sessions.mkdir()
+    table = pq.read_table(tutorial / "processed" / "part_0.parquet")
+    names = ["kind_list" if name == "category-list" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(names), sessions / "part_0.parquet")
+    schema = (tutorial / "processed" / "schema.pbtxt").read_text()
+    (sessions / "schema.pbtxt").write_text(schema.replace('"category-list"', '"kind_list"'))
+    report = adopt(workflow, tmp_path / "data", sessions=sessions)
+    transform = json.loads((tmp_path / "data" / "session_transform.json").read_text())
+    assert sorted(transform["features"]["kind_list"]["values"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert report["findings"] == []
+
+    (workflow / "categories" / "unique.category.parquet").unlink()
+    (finding,) = adopt(workflow, tmp_path / "data", sessions=sessions)["findings"]
+    assert (finding["check"], "codes of ['kind_list']" in finding["message"]) == ("categories_as_codes", True)
+
+
 def test_users_are_told_apart_in_given_splits_and_keep_the_ids_of_a_named_column(
     tutorial: Path, tmp_path: Path
 ) -> None:

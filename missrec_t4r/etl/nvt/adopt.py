@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from merlin.schema import Schema, Tags
 
 from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -31,7 +30,7 @@ from missrec_t4r.etl.sources.table import Paths, read_table, require_column
 from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.atomic import atomic_write_dir, refuse_unmanaged
 from missrec_t4r.io.json_files import write_json
-from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, LIST_SUFFIX, SPLITS
+from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ITEM_LIST, SPLITS
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +132,7 @@ def adopt(
         splits.check_rows(counts, "splits of your own with --train, --valid and --test")
     longest = max(pc.max(pc.list_value_length(part[ITEM_LIST])).as_py() for part in rows.values())
     session_schema = reader.schema_of(rows["train"].column_names, catalogue.n_rows, longest)
+    features = _feature_codes(Path(workflow), reader.vocabularies(session_schema), findings)
     train_counts = count_items(rows["train"], catalogue.n_rows)
     report = {
         "adopted": {"workflow": Path(workflow).name, "column": vocabulary_column, "items": len(ids)},
@@ -148,7 +148,6 @@ def adopt(
         for name, part in rows.items():
             pq.write_table(part, folder / name / "part_0.parquet")
         outputs.write_catalogue(catalogue, train_counts, folder)
-        features = _feature_codes(Path(workflow), session_schema)
         write_request(catalogue.items[ITEM_ID].combine_chunks(), folder, Path(storage), max_sequence_length, features)
         write_json(folder / REPORT_FILE, report)
     for finding in findings.found:
@@ -240,12 +239,16 @@ def _in_rows(
     return pa.table({ITEM_ID: ids, **columns}), vectors
 
 
-def _feature_codes(workflow: Path, schema: Schema) -> dict[str, Any]:
-    """Return the raw values of further encoded list columns whose vocabularies are in the workflow's folder."""
-    codes: dict[str, Any] = {}
-    for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
-        name = column.removesuffix(LIST_SUFFIX)
-        if column != ITEM_LIST and (workflow / "categories" / f"unique.{name}.parquet").is_file():
-            with contextlib.suppress(SchemaError):  # of an older NVTabular: its codes are used as they are
-                codes[name] = {"kind": "categorical", "values": read_vocabulary(workflow, name).to_pylist()}
+def _feature_codes(workflow: Path, columns: Mapping[str, str], findings: checks.Findings) -> dict[str, dict[str, Any]]:
+    """Return the raw values of encoded list columns beside the items, from vocabularies in the workflow's folder."""
+    codes: dict[str, dict[str, Any]] = {}
+    for name, encoded in columns.items():
+        if (workflow / "categories" / f"unique.{encoded}.parquet").is_file():
+            with contextlib.suppress(SchemaError):  # of an older NVTabular
+                codes[name] = {"kind": "categorical", "values": read_vocabulary(workflow, encoded).to_pylist()}
+    without = [name for name in columns if name not in codes]
+    message = (
+        f"requests give codes of {without}, whose vocabularies are not in the workflow's folder or start elsewhere"
+    )
+    findings.add("categories_as_codes", len(without), message)
     return codes

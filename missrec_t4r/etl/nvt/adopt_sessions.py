@@ -152,6 +152,21 @@ class Reader:
             columns.append(ColumnSchema(name, dtype=column.dtype, tags=list(tags), properties=properties))
         return session_schema(Schema(columns), longest)
 
+    def vocabularies(self, schema: Schema) -> dict[str, str]:
+        """Return the encoded event features of a schema of `schema_of`, and the columns whose vocabularies they have.
+
+        Categorify names the vocabulary of a list column in the stored schema, whatever the list is called
+        (``event_type_list`` by default) or shares its codes with.
+        """
+        assert self._schema is not None, "read first"
+        found = {}
+        for column in schema.select_by_tag(Tags.CATEGORICAL).column_names:
+            if column != ITEM_LIST:
+                name = column.removesuffix(LIST_SUFFIX)
+                file = self._schema[self._raw_names[column]].properties.get("cat_path") or f"unique.{name}.parquet"
+                found[name] = Path(str(file)).name.removeprefix("unique.").removesuffix(".parquet")
+        return found
+
     def _without_unknown(self, columns: dict[str, Any], items: pa.ListArray, file: Path) -> pa.Table:
         """Drop padding, null and unknown events, and sessions without any other event."""
         values = items.values.fill_null(NULL_ROW).to_numpy()

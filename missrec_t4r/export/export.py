@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from missrec_t4r.bundle.bundle import fill_bundle, load_bundle
+from missrec_t4r.bundle.lost_updates import warn_of_lost_updates
 from missrec_t4r.bundle.manifest import MANIFEST_FILE
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.data.event_features import load_sessions
@@ -112,6 +113,8 @@ def export(
             temporary, model=model, catalogue=catalogue, data=loaded.data, n_trained=n_trained, recount=counted
         )
         parity = _check_parity(temporary, loaded, sessions)
+        if bundle.exists():
+            warn_of_lost_updates(bundle, temporary)
         for folder in temporary_repository:
             fill_repository(folder, temporary, _settings_so_far(repository))
     size = sum(file["bytes"] for file in manifest["files"].values())

@@ -20,6 +20,7 @@ from missrec_t4r.serving.client.client import MISSRecClient, read_titles
 from missrec_t4r.serving.client.protocol import (
     Description,
     RequestOptions,
+    check_call,
     pad_sessions,
     recommendations_of,
     requests_of,
@@ -263,3 +264,24 @@ def test_titles_come_from_a_bundle_or_a_parquet_file(bundle: Path, tmp_path: Pat
 def test_an_answer_to_another_number_of_sessions_is_refused() -> None:
     with pytest.raises(ServingError, match="a response for 3 sessions; expected: 2, as requested"):
         recommendations_of({"n_items": np.zeros((3, 1), np.int32)}, 2)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "words"),
+    [
+        ([1039, 1052], "session 0 is 1039; expected: a list of item ids per session. wrap the ids in a list"),
+        (1039, "sessions is 1039"),
+        ([["a"], None], "session 1 is None"),
+        (["a", "b"], "a session given as one string"),
+        ([b"a"], "a session given as one string"),
+    ],
+)
+def test_one_session_in_place_of_a_list_of_them_is_named(sessions: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        check_call(sessions, 10)
+
+
+def test_a_number_of_items_that_is_a_text_is_named() -> None:
+    with pytest.raises(ServingError, match="top_k is '5'; expected: a whole number of at least 1"):
+        check_call([["a"]], "5")  # type: ignore[arg-type]
+    check_call([["a"], (), np.array([1])], np.int64(5))

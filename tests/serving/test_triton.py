@@ -170,7 +170,7 @@ def test_no_sessions_no_answers(client: MISSRecClient) -> None:
 
 
 def test_top_k_below_one_is_refused(client: MISSRecClient) -> None:
-    with pytest.raises(ServingError, match="top_k is 0; expected: at least 1"):
+    with pytest.raises(ServingError, match="top_k is 0; expected: a whole number of at least 1"):
         client.recommend([["ware-3-ü"]], top_k=0)
 
 

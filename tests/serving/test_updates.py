@@ -33,6 +33,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.export.export import export
 from missrec_t4r.retrieval.ranker import Ranker
+from missrec_t4r.serving.deploy.blue_green import deploy
 from tests.serving import shop
 
 NAN = float("nan")
@@ -355,6 +356,28 @@ def test_what_looks_like_a_mistake_is_told(before: Path, caplog: pytest.LogCaptu
     assert "1 retired items are not in the catalogue, such as 'ware-99-ü'" in caplog.text
     assert "new columns, without a value for all other items: prize" in caplog.text
     assert "have no vector" not in caplog.text
+
+
+def test_what_the_next_export_and_deploy_undo_is_told(
+    before: Path, bundle: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A training knows neither the items that were added to the bundle since, nor those that were retired there."""
+    told = (
+        "no longer in the catalogue, without events in training: 2 items (neu-1, neu-2); give them in the item table",
+        f"retired in the bundle that is replaced, and recommended again: 1 item ({RETIRED})",
+    )
+    update_catalogue(before, ITEMS, modalities=vectors())
+    deploy(tmp_path / "live", bundle=before)
+    caplog.clear()
+    deploy(tmp_path / "live", bundle=bundle)
+    assert all(words in caplog.text for words in told)
+    caplog.clear()
+    export(run, before)
+    assert all(words in caplog.text for words in told)
+    caplog.clear()
+    export(run, before)
+    deploy(tmp_path / "live", bundle=before)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_modality_that_new_items_do_not_get_is_told(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -121,14 +121,20 @@ def check_call(sessions: Sequence[Session], top_k: int) -> None:
     Raises
     ------
     DataError
-        A session is a string, not a list of ids.
+        A session is a string or a number, not a list of ids.
     ServingError
-        ``top_k`` is below one or exceeds 32 bits.
+        ``top_k`` is no whole number, below one, or exceeds 32 bits.
     """
-    if isinstance(sessions, str) or any(isinstance(session, str) for session in sessions):
-        raise DataError("a session given as one string", "a list of item ids per session", "wrap the ids in a list")
-    if not 1 <= top_k <= np.iinfo(np.int32).max:
-        raise ServingError(f"top_k is {top_k}", "at least 1", "request one item or more")
+    expected = ("a list of item ids per session", "wrap the ids in a list")
+    if not isinstance(sessions, Iterable):
+        raise DataError(f"sessions is {sessions!r}", *expected)
+    if isinstance(sessions, str | bytes) or any(isinstance(session, str | bytes) for session in sessions):
+        raise DataError("a session given as one string", *expected)
+    for index, session in enumerate(sessions):
+        if not isinstance(session, Iterable):
+            raise DataError(f"session {index} is {session!r}", *expected)
+    if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= np.iinfo(np.int32).max:
+        raise ServingError(f"top_k is {top_k!r}", "a whole number of at least 1", "request one item or more")
 
 
 def requests_of(

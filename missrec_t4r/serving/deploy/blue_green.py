@@ -25,6 +25,7 @@ from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from missrec_t4r.bundle.lost_updates import warn_of_lost_updates
 from missrec_t4r.bundle.manifest import MANIFEST_FILE, verify_bundle
 from missrec_t4r.config.checks import require_at_least
 from missrec_t4r.config.option_names import option
@@ -156,6 +157,8 @@ def deploy(
             log.info(f"verifying {bundle}")
             before = ServingSettings() if previous is None else settings_of(folder / f"{RANKER}_v{previous}")
             version = _add_version(folder, Path(bundle), previous if switch else None, before._replace(**changes))
+            if previous is not None:
+                warn_of_lost_updates(bundle_of(folder, previous), bundle_of(folder, version))
         assert version is not None
         verify_bundle(bundle_of(folder, version))
         if switch:

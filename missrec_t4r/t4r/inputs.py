@@ -20,7 +20,7 @@ from transformers4rec.torch.masking import masking_registry
 from missrec_t4r.config import MISSRecConfig
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import AUTO, NONE, EventColumn
-from missrec_t4r.errors import ConfigError, SchemaError
+from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder
 from missrec_t4r.schema import LIST_SUFFIX, UNKNOWN_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_column, event_feature_name, event_feature_schema, item_column
@@ -56,6 +56,21 @@ class CatalogueItems(nn.Module):
         super().__init__()
         self.item_id = item_id
 
+    @property
+    def item_embedding_table(self) -> nn.Module:
+        """Nothing: T4R's own next-item task asks for it.
+
+        Raises
+        ------
+        ConfigError
+            Always.
+        """
+        raise ConfigError(
+            "T4R's NextItemPredictionTask on MultiModalSequenceFeatures, which have no table of item embeddings",
+            "MISSRecBlock and MISSRecNextItemTask beside these inputs",
+            "swap all three: tr.SequentialBlock(inputs, MISSRecBlock(...)), tr.Head(body, [MISSRecNextItemTask()])",
+        )
+
 
 class MultiModalSequenceFeatures(TabularSequenceFeatures):
     """Inputs of a model whose items live in a catalogue. Built by `from_schema`.
@@ -89,6 +104,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.event_features = event_features
         self.event_feature_names = {name: event_feature_name(name) for name in schema.column_names if name != item_id}
         self.catalogue = catalogue
+        self.n_rows = (
+            0 if catalogue is None else catalogue.n_rows
+        )  # 0: known when a `Head` joins the inputs with a core
         self.settings = settings
         self.state = StepState()
         self.causal = False
@@ -146,6 +164,12 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         ConfigError
             An unknown setting, or a masking that leaves the target visible to a body that looks items up itself.
         """
+        if not isinstance(catalogue, Catalogue):
+            raise ConfigError(
+                f"catalogue of type {type(catalogue).__name__}",
+                "a Catalogue",
+                'read it first: Catalogue.load("work/data/catalogue")',
+            )
         if embedding_dim_default is not None:
             settings = {"event_feature_width": embedding_dim_default, **settings}
         part = PartSettings("MultiModalSequenceFeatures", config, settings)
@@ -184,6 +208,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         item = self.categorical_module.item_id
         if item not in inputs:
             raise SchemaError(f"a batch with columns {sorted(inputs)}", f"the item column {item!r}")
+        if inputs[item].device.type == "cpu" and not torch.jit.is_tracing():  # a GPU would have to be waited for
+            self._require_rows(inputs[item])
         are_prefixes = PREFIX_ROWS in inputs
         if (training or testing) and not are_prefixes and self.checked_batches < _CHECKED_BATCHES:
             self._warn_of_cut_rows(inputs[item])
@@ -221,6 +247,14 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         }
         embedded: Tensor = self.event_features(values, columns[item])
         return embedded
+
+    def _require_rows(self, item_ids: Tensor) -> None:
+        if self.n_rows and item_ids.numel() and (largest := int(item_ids.max())) >= self.n_rows:
+            raise DataError(
+                f"column {self.categorical_module.item_id!r} holds {largest}",
+                f"at most {self.n_rows - 1}, the last row of the catalogue",
+                "give sessions that the workflow of this catalogue encoded; they hold rows, not raw ids",
+            )
 
     def _warn_of_cut_rows(self, item_ids: Tensor) -> None:
         """Warn once if the loader may have cut rows: T4R's keeps the first items and drops the last, the target."""

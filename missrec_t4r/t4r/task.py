@@ -109,6 +109,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             nn.init.normal_(core.event_features.projection.weight, std=0.02)
         block.connect(core, inputs.state, between)
         inputs.causal = config.attention == "causal"
+        inputs.n_rows = core.item_encoder.n_rows
         inputs.catalogue = None  # the item encoder holds the vectors now
         self._block = (block,)
         self.embeddings, self.masking = inputs.categorical_module, inputs.masking

@@ -261,6 +261,10 @@ def test_contradictions_are_refused_with_a_cure() -> None:
     with pytest.raises(ConfigError, match="no multiple of model.n_head"):
         tr.Head(tr.SequentialBlock(inputs, MISSRecBlock(d_model=10, n_head=3)), [MISSRecNextItemTask()], inputs=inputs)
     body = tr.SequentialBlock(inputs, MISSRecBlock(**SMALL))
+    with pytest.raises(ConfigError, match=r"no table of item embeddings.*swap all three: tr\.SequentialBlock"):
+        tr.Head(body, [tr.NextItemPredictionTask(weight_tying=True)], inputs=inputs)
+    with pytest.raises(ConfigError, match=r"catalogue of type str; expected: a Catalogue\. .*Catalogue\.load"):
+        MultiModalSequenceFeatures.from_schema(schema, catalogue="work/data/catalogue")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="MISSRecBlock has no model yet"):
         body(
             {
@@ -269,6 +273,13 @@ def test_contradictions_are_refused_with_a_cure() -> None:
                 "price-list": torch.ones(1, 2),
             }
         )
+
+
+def test_raw_ids_in_place_of_rows_are_named(data: Path, loader: Callable[..., Any]) -> None:
+    batch = a_batch(data, loader)
+    batch["item_id-list"][0, 0] = 1039
+    with pytest.raises(DataError, match=r"column 'item_id-list' holds 1039; expected: at most 119, .*not raw ids"):
+        by_hand()(batch, training=True)
 
 
 def test_event_features_reach_the_scores_and_gradients_reach_every_parameter(

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from missrec_t4r.bundle.item_table import load_items
 from missrec_t4r.errors import BundleError
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.schema import ITEM_ID, RETIRED, TRAIN_COUNT
 
 log = logging.getLogger(__name__)
@@ -36,16 +37,22 @@ def warn_of_lost_updates(old: Path, new: Path) -> None:
         before, after = load_items(old), load_items(new)
     except BundleError:
         return
-    if before[ITEM_ID].type != after[ITEM_ID].type:
+    old_ids, new_ids = (_ids(items) for items in (before, after))
+    if old_ids.type != new_ids.type:
+        log.warning(f"item ids are of type {new_ids.type}, not {old_ids.type}: clients connect again, and send these")
         return
-    known = pc.is_in(before[ITEM_ID], value_set=after[ITEM_ID].combine_chunks())
-    added = pc.and_not(pc.equal(before[TRAIN_COUNT], 0), known)
-    if ids := before.filter(added)[ITEM_ID].to_pylist():
+    added = pc.and_not(pc.equal(before[TRAIN_COUNT], 0), pc.is_in(old_ids, value_set=new_ids))
+    if ids := old_ids.filter(added).to_pylist():
         log.warning(f"no longer in the catalogue, without events in training: {_named(ids)}; {_CURE}")
-    recommended = after.filter(pc.invert(_retired(after)))[ITEM_ID].combine_chunks()
-    back = pc.and_(_retired(before), pc.is_in(before[ITEM_ID], value_set=recommended))
-    if ids := before.filter(back)[ITEM_ID].to_pylist():
+    recommended = new_ids.filter(pc.invert(_retired(after)))
+    back = pc.and_(_retired(before), pc.is_in(old_ids, value_set=recommended))
+    if ids := old_ids.filter(back).to_pylist():
         log.warning(f"retired in the bundle that is replaced, and recommended again: {_named(ids)}; {_CURE}")
+
+
+def _ids(items: pa.Table) -> pa.Array:
+    ids = one_array(items[ITEM_ID])
+    return ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())
 
 
 def _retired(items: pa.Table) -> pa.ChunkedArray:

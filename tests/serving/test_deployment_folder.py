@@ -116,6 +116,30 @@ def test_a_rollback_does_not_return_to_a_version_that_was_left(bundle: Path, tmp
         rollback(folder)
 
 
+def test_a_version_that_was_left_goes_before_those_to_roll_back_to(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2):
+        deploy(folder, bundle=bundle, threads=threads)
+    rollback(folder)  # 2 was bad
+    for threads in (3, 4):
+        deploy(folder, bundle=bundle, threads=threads, keep=3)
+    assert versions_of(folder) == [1, 3, 4]
+    assert [rollback(folder)["version"] for _ in range(2)] == [3, 1]
+
+
+def test_a_rollback_passes_over_versions_that_were_left_where_the_one_before_is_gone(
+    bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    for threads in (1, 2):
+        deploy(folder, bundle=bundle, threads=threads)
+    rollback(folder)  # 2 was bad
+    deploy(folder, bundle=bundle, threads=3)
+    shutil.rmtree(folder / "missrec_v1")
+    with pytest.raises(ServingError, match="no version before 3"):
+        rollback(folder)
+
+
 def test_a_folder_of_an_earlier_version_rolls_back_to_the_newest_below(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     for threads in (1, 2, 3):

@@ -378,6 +378,16 @@ def test_what_the_next_export_and_deploy_undo_is_told(
     export(run, before)
     deploy(tmp_path / "live", bundle=before)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    deploy(tmp_path / "live", bundle=_of_integers(tmp_path))
+    assert "item ids are of type int64, not string: clients connect again" in caplog.text
+
+
+def _of_integers(folder: Path) -> Path:
+    """Write a bundle of another catalogue, whose ids are integers."""
+    own = shop.catalogue(integers=True)
+    data = shop.data_folder(folder / "data", own)
+    write_bundle(folder / "integers", model=shop.model_for(own), catalogue=own, data=data)
+    return folder / "integers"
 
 
 def test_a_modality_that_new_items_do_not_get_is_told(

@@ -41,6 +41,7 @@ from missrec_t4r.serving.triton.deployment import (
     current_version,
     ensemble_of,
     is_deployment,
+    left_versions,
     note_replaced,
     replaced_by,
     replaced_versions,
@@ -165,7 +166,7 @@ def deploy(
             note_replaced(folder, version, previous)  # before the switch: a kill between them is harmless
         result = _activate(folder, version, switch=switch)
         if switch:
-            _remove_old(folder, {version, previous}, keep)
+            _remove_old(folder, version, previous, keep)
     return {
         "repository": str(folder),
         "version": version,
@@ -347,9 +348,11 @@ def _remove_incomplete(folder: Path) -> None:
                 shutil.rmtree(model)
 
 
-def _remove_old(folder: Path, used: set[int | None], keep: int) -> None:
-    """Remove the oldest versions until ``keep`` are left; those in use stay."""
+def _remove_old(folder: Path, version: int, previous: int | None, keep: int) -> None:
+    """Remove versions until ``keep`` are left: first those rolled back from, then the oldest; those in use stay."""
+    used, left = {version, previous}, left_versions(folder, version)
     unused = [number for number in versions_of(folder) if number not in used]
+    unused.sort(key=lambda number: (number not in left, number))
     for number in unused[: max(0, len(unused) + len(used - {None}) - keep)]:
         for model in (ENSEMBLE, *_PARTS):  # the ensemble first: without it the rest is no version
             shutil.rmtree(folder / f"{model}_v{number}", ignore_errors=True)

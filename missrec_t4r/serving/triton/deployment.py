@@ -71,13 +71,21 @@ def current_version(repository: str | Path) -> int | None:
 
 
 def replaced_by(repository: str | Path, version: int) -> int | None:
-    """Return the version to roll back to: the one that ``version`` replaced, else the newest below it, else None.
+    """Return the version to roll back to: the one that ``version`` replaced, or where it is gone the newest before it.
 
-    Versions between the two were tried and left, or never served.
+    Versions between the two were tried and left, or never served. Where nothing is noted, the newest below ``version``.
     """
-    replaced = replaced_versions(Path(repository)).get(str(version))
-    below = [number for number in versions_of(repository) if number < version]
-    return replaced if replaced in below else max(below, default=None)
+    replaced = replaced_versions(Path(repository)).get(str(version), version - 1)
+    return max((number for number in versions_of(repository) if number <= replaced), default=None)
+
+
+def left_versions(repository: Path, version: int) -> list[int]:
+    """Return the versions below ``version`` to which no sequence of rollbacks returns, oldest first."""
+    served, at = {version}, replaced_by(repository, version)
+    while at is not None:
+        served.add(at)
+        at = replaced_by(repository, at)
+    return [number for number in versions_of(repository) if number < version and number not in served]
 
 
 def note_replaced(repository: Path, version: int, previous: int | None) -> None:

@@ -56,20 +56,19 @@ class CatalogueItems(nn.Module):
         super().__init__()
         self.item_id = item_id
 
-    @property
-    def item_embedding_table(self) -> nn.Module:
-        """Nothing: T4R's own next-item task asks for it.
+    def __getattr__(self, name: str) -> Any:
+        """Say why T4R's own next-item task finds no table of item embeddings here; called for what is not there."""
+        if name == "item_embedding_table":
+            raise NoItemTableError(
+                "T4R's NextItemPredictionTask on MultiModalSequenceFeatures, which have no table of item embeddings",
+                "MISSRecBlock and MISSRecNextItemTask beside these inputs",
+                "swap all three: tr.SequentialBlock(inputs, MISSRecBlock(...)), tr.Head(body, [MISSRecNextItemTask()])",
+            )
+        return super().__getattr__(name)
 
-        Raises
-        ------
-        ConfigError
-            Always.
-        """
-        raise ConfigError(
-            "T4R's NextItemPredictionTask on MultiModalSequenceFeatures, which have no table of item embeddings",
-            "MISSRecBlock and MISSRecNextItemTask beside these inputs",
-            "swap all three: tr.SequentialBlock(inputs, MISSRecBlock(...)), tr.Head(body, [MISSRecNextItemTask()])",
-        )
+
+class NoItemTableError(ConfigError, AttributeError):
+    """Two of the three objects are swapped; an `AttributeError` too, since torch's trace asks for all attributes."""
 
 
 class MultiModalSequenceFeatures(TabularSequenceFeatures):

@@ -1,9 +1,11 @@
 """Fit the score terms after training and tune their blend weights by ranking validation sessions.
 
-Coordinate by coordinate: item-kNN on top of the network, content-kNN on top of both, item-kNN again, then the
-cold-start and the rare-item term (`missrec_t4r.ranking.tune_cold_start`, `tune_rare_items`). `fit_terms` does so once,
-after training, for a model that is served with seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for
-each protocol of an evaluation.
+Coordinate by coordinate: item-kNN on top of the network, content-kNN on top of both, item-kNN again, the history bias,
+then the cold-start and the rare-item term (`missrec_t4r.ranking.tune_cold_start`, `tune_rare_items`). Item-kNN and
+content-kNN lift what was seen again, so that beside the trained history bias a little of them may be worse than none
+where much of them and a lower bias is best: all is done twice, the second time with what was seen hidden until the bias
+has its turn, and the better result stays. `fit_terms` does so once, after training, for a model that is served with
+seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for each protocol of an evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, chunks_of, n_true
 from missrec_t4r.evaluation.metrics import MISSED
 from missrec_t4r.model.missrec import MISSRec
-from missrec_t4r.ranking.hybrid import terms_of
+from missrec_t4r.ranking.hybrid import Terms, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer, Parts
 from missrec_t4r.ranking.terms.cold_start import ColdStartSettings
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings, ContentKNNTerm
@@ -50,7 +52,9 @@ _LOGITS_PER_SIMILAR = (0.0, 0.35, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Weights on the grid: what the most similar item of an average item adds to a logit."""
 _FOLLOWERS = 5
 """Window of the second way to count: items that come within so many events after the other."""
-_HISTORY_LOGITS = (0.0, 0.5, -0.5, -1.0, -2.0, -4.0, -8.0)
+_HIDDEN = -8.0
+"""Logits that hide what was seen."""
+_HISTORY_LOGITS = (0.0, 0.5, -0.5, -1.0, -2.0, -4.0, _HIDDEN)
 """What is added to the history bias on the grid, in logits; the first of equals is taken."""
 MOST_SESSIONS: Final = 3000
 """Validation sessions that are ranked."""
@@ -105,29 +109,18 @@ def tune_terms(
         As `fit_terms` returns it.
     """
     terms = terms_of(model)
-    item_knn, content_knn = terms.item_knn, terms.content_knn
     if terms.cold_start is not None:
         terms.cold_start.choose(ColdStartSettings(0.0, 0.0, 0.0, 0.0))
     if terms.rare_items is not None:
         terms.rare_items.switch_off()
-    if terms.history_bias is not None:
-        terms.history_bias.offset.zero_()
-    if item_knn is not None:
-        item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
-    if content_knn is not None:
-        content_knn.choose(ContentKNNSettings(0.0, 1.0))
     blend = _Blend(model, validation, protocols, network)
-    found: dict[str, Any] = {}
-    if item_knn is not None:
-        countings = [(model.config.max_sequence_length, False), (_FOLLOWERS, True)]
-        found = _tune_item_knn(blend, item_knn, countings)
-    if content_knn is not None and validation.catalogue.n_rows <= _MOST_ROWS:
-        found = {**(tuned := _tune_content_knn(blend, content_knn)), **found, NDCG: tuned[NDCG]}
-        if item_knn is not None and content_knn.active:
-            counting = found["item_knn"]["window"], found["item_knn"]["directed"]
-            found |= {**_tune_item_knn(blend, item_knn, [counting]), NDCG_WITHOUT: found[NDCG_WITHOUT]}
-    if terms.history_bias is not None and history:
-        found |= _tune_history(blend, terms.history_bias)
+    if terms.history_bias is None or not history:
+        found = _tune_from(blend, terms, 0.0, history=False)
+    else:
+        tried = [_tune_from(blend, terms, start, history=True) for start in (0.0, _HIDDEN)]
+        best = max(tried, key=lambda one: float(one[NDCG]))
+        _choose(blend, terms, best)
+        found = best | {key: tried[0][key] for key in (NDCG_WITHOUT,) if key in tried[0]}
     if terms.cold_start is not None:
         found["cold_start"] = fit_cold_start(model, validation.catalogue, validation.valid)
     if terms.rare_items is not None:
@@ -135,6 +128,40 @@ def tune_terms(
             terms.rare_items, blend.scored(), len(validation.histories), protocols, model.config.rare_item_cost
         )
     return found
+
+
+def _tune_from(blend: _Blend, terms: Terms, start: float, *, history: bool) -> dict[str, Any]:
+    """Tune item-kNN and content-kNN beside a history bias lowered by ``start`` logits, and then perhaps the bias."""
+    item_knn, content_knn = terms.item_knn, terms.content_knn
+    if terms.history_bias is not None:
+        terms.history_bias.offset.fill_(start * blend.model.config.temperature)
+    if item_knn is not None:
+        item_knn.choose(ItemKNNSettings(0.0, 1.0, 0.0))
+    if content_knn is not None:
+        content_knn.choose(ContentKNNSettings(0.0, 1.0))
+    found: dict[str, Any] = {}
+    if item_knn is not None:
+        countings = [(blend.model.config.max_sequence_length, False), (_FOLLOWERS, True)]
+        found = _tune_item_knn(blend, item_knn, countings)
+    if content_knn is not None and blend.validation.catalogue.n_rows <= _MOST_ROWS:
+        found = {**(tuned := _tune_content_knn(blend, content_knn)), **found, NDCG: tuned[NDCG]}
+        if item_knn is not None and content_knn.active:
+            counting = found["item_knn"]["window"], found["item_knn"]["directed"]
+            found |= {**_tune_item_knn(blend, item_knn, [counting]), NDCG_WITHOUT: found[NDCG_WITHOUT]}
+    return found | _tune_history(blend, terms.history_bias) if history and terms.history_bias is not None else found
+
+
+def _choose(blend: _Blend, terms: Terms, found: dict[str, Any]) -> None:
+    """Set the settings that `_tune_from` found with a history bias."""
+    if terms.history_bias is not None:
+        terms.history_bias.offset.fill_(found["history_bias"] - float(terms.history_bias.bias.detach()))
+    if terms.item_knn is not None:
+        chosen = dict(found["item_knn"])
+        counting = chosen.pop("window"), chosen.pop("directed")
+        terms.item_knn.count_as(blend.validation.counted(terms.item_knn, counting))
+        terms.item_knn.choose(ItemKNNSettings(**chosen))
+    if terms.content_knn is not None and "content_knn" in found:
+        terms.content_knn.choose(ContentKNNSettings(**found["content_knn"]))
 
 
 def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Counting]) -> dict[str, Any]:

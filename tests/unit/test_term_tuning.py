@@ -141,3 +141,17 @@ def test_the_history_bias_is_chosen_together_with_the_other_terms() -> None:
     scores, session = torch.zeros(1, catalogue.n_rows), torch.tensor([[3]])
     assert float(history.eval().add_to(scores.clone(), session, {})[0, 3]) == pytest.approx(found["history_bias"])
     assert float(history.train().add_to(scores.clone(), session, {})[0, 3]) == 1.0
+
+
+@pytest.mark.parametrize(("trained", "noise", "at_least"), [(-0.3, 0.6, 0.516), (-1.0, 0.9, 0.245)])
+def test_terms_are_tuned_beside_the_trained_history_bias_and_beside_a_low_one(
+    trained: float, noise: float, at_least: float
+) -> None:
+    """Coordinate by coordinate the first start ends at .513 and .249, the second at .518 and .240."""
+    rng = np.random.default_rng(1)
+    valid = [[*s[:-1], s[-1] if rng.random() > noise else int(rng.integers(3, 43))] for s in FORWARDS]
+    model, catalogue = made(n_neighbours=8, n_similar_items=3)
+    terms_of(model).history_bias.bias.data.fill_(trained)  # type: ignore[union-attr]  # the model has the term
+    found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(valid))
+    assert found["valid_ndcg@10"] > at_least
+    assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["valid_ndcg@10"], abs=1e-6)

@@ -31,6 +31,8 @@ from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, ROW, TRAIN_COUNT, USER_I
 UnknownItems = Literal["append", "drop"]
 Vectors = Mapping[str, Floats]
 """Modality -> vectors, [item, width], rows as in the item table."""
+PRECOMPUTED = "precomputed"
+"""Name of the encoder of vectors that were given as a file."""
 _RESERVED = ((FIRST_ITEM_ROW, 0), (0, 0))
 """Rows before the items', by which vectors [item, width] become [item index, width]."""
 
@@ -247,7 +249,7 @@ def build_catalogue(
     modalities = {}
     for name, array in vectors.items():
         padded = np.pad(array, _RESERVED)
-        encoder = {"name": "precomputed", "file": Path(files[name]).name}
+        encoder = {"name": PRECOMPUTED, "file": Path(files[name]).name}
         if fingerprints and name in fingerprints:
             encoder["fingerprint"] = fingerprints[name]
         modalities[name] = Modality(padded, padded.any(1), encoder)

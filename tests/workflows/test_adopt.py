@@ -26,6 +26,7 @@ from missrec_t4r.data.event_features import event_columns, fit_event_columns, lo
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.nvt.adopt import adopt
 from missrec_t4r.t4r.columns import as_core_schema
 from tests.workflows.tables import save_vectors
@@ -391,6 +392,13 @@ def test_users_are_told_apart_in_given_splits_and_keep_the_ids_of_a_named_column
     assert sorted(user_sessions(tmp_path / "data")[0]) == sorted(whole["visit"].to_pylist()[:30])  # type: ignore[type-var]
     with pytest.raises(SchemaError, match=r"no column 'visitor' of users among .*'visit'.*--user-column"):
         adopt(tutorial / "workflow", tmp_path / "none", user_column="visitor", **files)  # type: ignore[arg-type]
+
+
+def test_an_adopted_folder_is_extended_by_its_own_workflow(tutorial: Path, tmp_path: Path) -> None:
+    adopt(tutorial / "workflow", tmp_path / "data", sessions=tutorial / "processed")
+    _log().to_parquet(tmp_path / "events.parquet")
+    with pytest.raises(DataError, match="no user state to update from.* run missrec catalogue adopt again"):
+        update(tmp_path / "events.parquet", tmp_path / "data")
 
 
 def test_a_file_of_training_sessions_is_no_test_split(tutorial: Path, tmp_path: Path) -> None:

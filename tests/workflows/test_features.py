@@ -100,12 +100,18 @@ def test_the_fingerprint_of_given_vectors_is_as_stated(shop: Path) -> None:
         etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors, fingerprint={"image": "x"})
 
 
-def test_other_modalities_stay_and_the_same_one_is_replaced(shop: Path) -> None:
+def test_other_modalities_stay_and_the_same_one_is_replaced(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
     vectors = {name: save_vectors(shop / f"{name}.npy", np.ones((4, 3))) for name in ("text", "audio")}
     etl(*write(shop / "raw", EVENTS, ITEMS), shop / "data", modality=vectors)
     report = features(shop / "data", text_columns=["title"])
     catalogue = Catalogue.load(shop / "data" / "catalogue")
     assert report["replaced"] == ["text"]
+    assert (
+        "the vectors of text from text.npy are replaced by those of an encoder; --modality brings them" in caplog.text
+    )
+    caplog.clear()
+    features(shop / "data", text_columns=["title"])
+    assert "are replaced" not in caplog.text
     assert {name: modality.encoder["name"] for name, modality in catalogue.modalities.items()} == {
         "text": "classical-text",
         "audio": "precomputed",

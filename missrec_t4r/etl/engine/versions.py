@@ -31,10 +31,12 @@ def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
     recover(out)
     state_file = out / STATE_FOLDER / STATE_FILE
     if not state_file.is_file():
+        adopted = (out / REPORT_FILE).is_file() and "adopted" in read_json(out / REPORT_FILE)
+        cure = "transform the new events with the workflow that was adopted, and run missrec catalogue adopt again"
         raise DataError(
             f"{out} has no user state to update from",
             "a data folder of the out-of-core engine",
-            "run missrec etl --engine disk once",
+            cure if adopted else "run missrec etl --engine disk once",
         )
     report = read_json(out / REPORT_FILE)
     settings = report["settings"]

@@ -24,6 +24,7 @@ from missrec_t4r.etl.features.cache import content_key
 from missrec_t4r.etl.features.cooccurrence import COOCCURRENCE, cooccurrence_vectors
 from missrec_t4r.etl.features.encode import CLASSICAL, EncoderSettings, encode_contents, to_encode
 from missrec_t4r.etl.features.sklearn_encoders import HASH_WIDTH, IMAGE_WIDTH, TEXT_WIDTH, Encoded
+from missrec_t4r.etl.item_table import PRECOMPUTED
 from missrec_t4r.etl.sources.table import require_column
 from missrec_t4r.io.atomic import translate_disk_errors
 from missrec_t4r.io.lock import locked
@@ -148,6 +149,7 @@ def features(
         contents = _contents(catalogue.items, text_columns, word_columns, image_column, images)
         encoders = {"text": text_encoder, WORDS: CLASSICAL, "image": image_encoder}
         settings_of = {name: replace(settings, encoder=encoder) for name, encoder in encoders.items()}
+        _warn_of_given_vectors(catalogue, [*contents, *([COOCCURRENCE] if cooccurrence else [])])
         if dry_run:
             plan = {name: to_encode(one.kind, one.values, settings_of[name]) for name, one in contents.items()}
             plan |= {COOCCURRENCE: {}} if cooccurrence else {}
@@ -175,6 +177,17 @@ def features(
             "replaced": replaced,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+
+def _warn_of_given_vectors(catalogue: Catalogue, names: Sequence[str]) -> None:
+    """Log which modalities that are encoded here had vectors from a file, which are not kept."""
+    encoders = {name: catalogue.modalities[name].encoder for name in names if name in catalogue.modalities}
+    for name, encoder in encoders.items():
+        if encoder.get("name") == PRECOMPUTED:
+            log.warning(
+                f"the vectors of {name} from {encoder.get('file')} are replaced by those of an encoder; "
+                "--modality brings them back, and --word-columns adds words beside them"
+            )
 
 
 def encode_items(

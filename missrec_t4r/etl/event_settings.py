@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
-from missrec_t4r.etl.quality.checks import MILLISECONDS, YEAR_FIRST, Findings
+from missrec_t4r.etl.arrow_columns import YEAR_FIRST
+from missrec_t4r.etl.quality.checks import MILLISECONDS, Findings
 from missrec_t4r.schema import SESSION_ID
 
 TIME_FEATURES = ("gap", "hour", "weekday", "recency")

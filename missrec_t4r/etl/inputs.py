@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 
+from missrec_t4r.etl.arrow_columns import normal_ids, normal_time
 from missrec_t4r.etl.dataframe import Adapter, Frame, adapter_of
 from missrec_t4r.etl.item_table import Vectors, filter_items, match_events, unique_items
 from missrec_t4r.etl.quality import checks
@@ -70,14 +71,14 @@ def read_tables(task: Task, frames: Adapter) -> tuple[Events, pa.Table]:
     events = events.drop_columns(clashing) if clashing else events
     events = events.rename_columns([names.get(name, name) for name in events.column_names])
     items = read_items(task.items, settings["catalogue_item_column"], findings)
-    item_ids = checks.normal_ids(items[ITEM_ID], ITEM_ID)
-    event_ids = checks.normal_ids(events[ITEM_ID], raw[ITEM_ID])
+    item_ids = normal_ids(items[ITEM_ID], ITEM_ID)
+    event_ids = normal_ids(events[ITEM_ID], raw[ITEM_ID])
     event_ids = checks.ids_like(event_ids, item_ids.type, findings, events=True)
     items = with_column(items, ITEM_ID, checks.ids_like(item_ids, event_ids.type, findings))
     converted = {
-        USER_ID: checks.normal_ids(events[USER_ID], raw[USER_ID]),
+        USER_ID: normal_ids(events[USER_ID], raw[USER_ID]),
         ITEM_ID: event_ids,
-        TIMESTAMP: checks.normal_time(events[TIMESTAMP], raw[TIMESTAMP], settings["time_format"]),
+        TIMESTAMP: normal_time(events[TIMESTAMP], raw[TIMESTAMP], settings["time_format"]),
     }
     events = pa.table({name: converted.get(name, events[name]) for name in events.column_names})
     categorical_columns = settings["categorical_columns"]
@@ -112,7 +113,7 @@ def name_item_column(items: pa.Table, column: str, findings: checks.Findings) ->
 
 def with_normal_ids(items: pa.Table) -> pa.Table:
     """Return an item table with ids as int64 or string."""
-    return with_column(items, ITEM_ID, checks.normal_ids(items[ITEM_ID], ITEM_ID))
+    return with_column(items, ITEM_ID, normal_ids(items[ITEM_ID], ITEM_ID))
 
 
 def clean_inputs(

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from missrec_t4r.arrays import Floats
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import ConfigError, DataError, ModalityError, SchemaError
+from missrec_t4r.etl.arrow_columns import normal_ids, require_same_ids
 from missrec_t4r.etl.dataframe import Array, Frame, adapter_of
 from missrec_t4r.etl.event_arithmetic import core
 from missrec_t4r.etl.quality import checks
@@ -138,7 +139,7 @@ def match_events(
     """
     adapter = adapter_of(events)
     table_type, event_type = items[ITEM_ID].type, pa.string() if events[ITEM_ID].dtype == object else pa.int64()
-    checks.require_same_ids(event_type, table_type)
+    require_same_ids(event_type, table_type)
     in_table = events[ITEM_ID].isin(adapter.from_arrow(items.select([ITEM_ID]))[ITEM_ID])
     unknown_ids = events[ITEM_ID][~in_table].drop_duplicates()
     note_unknown_items(findings, settings, len(unknown_ids), int((~in_table).sum()), len(events))
@@ -347,7 +348,7 @@ def _rows_like(
 ) -> tuple[pa.Table, Vectors]:
     """Return a new item table and its vectors, one row per id, with ids and widths as in the catalogue."""
     id_type = old.items[ITEM_ID].type
-    ids = checks.ids_like(checks.normal_ids(table[ITEM_ID], ITEM_ID), id_type)
+    ids = checks.ids_like(normal_ids(table[ITEM_ID], ITEM_ID), id_type)
     if id_type != ids.type:
         raise SchemaError(f"item ids are {ids.type} in the item table", f"{id_type} as in the catalogue")
     vectors = read_modalities(files, table.num_rows)

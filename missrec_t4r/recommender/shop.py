@@ -24,6 +24,7 @@ from missrec_t4r.config.checks import refuse_unknown
 from missrec_t4r.config.option_names import FLAGS, option
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
+from missrec_t4r.etl.arrow_columns import normal_ids, normal_time, text_to_integers
 from missrec_t4r.etl.outputs import REPORT_FILE
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import read_numbers
@@ -237,13 +238,13 @@ class Shop:
         present = pq.read_schema(file).names
         features = [name for name in event_features if name in present]
         raw = pq.read_table(file, columns=[user, item, time, *features])
-        ids = checks.normal_ids(raw[item], item)
+        ids = normal_ids(raw[item], item)
         if self.catalogue.id_type == "int64":
-            ids = checks.text_to_integers(ids) or ids
+            ids = text_to_integers(ids) or ids
         keys = {
-            USER_ID: checks.normal_ids(raw[user], user),
+            USER_ID: normal_ids(raw[user], user),
             ITEM_ID: ids,
-            TIMESTAMP: checks.normal_time(raw[time], time, settings.get("time_format")),
+            TIMESTAMP: normal_time(raw[time], time, settings.get("time_format")),
         }
         found, categories = checks.Findings(), settings.get("categorical_columns", ())
         table = read_numbers(pa.table(keys | {name: raw[name] for name in features}), features, categories, found)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
 from missrec_t4r.errors import DataError, MISSRecError, SchemaError
+from missrec_t4r.etl.arrow_columns import normal_time
 from missrec_t4r.etl.features.pipeline import features
 from missrec_t4r.etl.pipeline import etl
 from missrec_t4r.etl.quality import checks
@@ -123,16 +124,16 @@ def test_times_in_text_may_mix_units_dates_and_zones() -> None:
         "2020-01-01 02:00:00+02:00",
         "2019-12-31T19:00:00-05:00",
     ]
-    same = checks.normal_time(pa.chunked_array([moments]), "timestamp")
+    same = normal_time(pa.chunked_array([moments]), "timestamp")
     assert same.to_pylist() == [1_577_836_800] * len(moments)
-    odd = checks.normal_time(pa.chunked_array([["2020-01-01T00:00:00.250Z", "soon", None]]), "timestamp")
+    odd = normal_time(pa.chunked_array([["2020-01-01T00:00:00.250Z", "soon", None]]), "timestamp")
     assert odd.to_pylist() == [1_577_836_800.25, None, None]
     with pytest.raises(SchemaError, match="holds texts such as 'soon'; expected: unix seconds or a date"):
-        checks.normal_time(pa.chunked_array([["soon", "later"]]), "timestamp")
+        normal_time(pa.chunked_array([["soon", "later"]]), "timestamp")
     with pytest.raises(SchemaError, match="holds texts such as '01/02/2020'.* --time-format"):  # day or month first?
-        checks.normal_time(pa.chunked_array([["01/02/2020", "31/12/2019"]]), "timestamp")
+        normal_time(pa.chunked_array([["01/02/2020", "31/12/2019"]]), "timestamp")
     zoned = pd.Series(pd.to_datetime(["2020-01-01 02:00"]).tz_localize("Europe/Helsinki"))
-    assert checks.normal_time(pa.chunked_array([pa.array(zoned)]), "timestamp").to_pylist() == [1_577_836_800]
+    assert normal_time(pa.chunked_array([pa.array(zoned)]), "timestamp").to_pylist() == [1_577_836_800]
 
 
 @pytest.mark.parametrize("engine", ["memory", "disk"])

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import SchemaError
 from missrec_t4r.etl import item_table
+from missrec_t4r.etl.arrow_columns import repaired
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.user_state import state_schema
 from missrec_t4r.etl.engine.workdir import decode, unified_schema
@@ -152,7 +153,7 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
                 break
             for batch in parquet.iter_batches(row_groups=[group], columns=open_names):
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    seen[name].add(checks.repaired(decode(pc.unique(column)))[0])
+                    seen[name].add(repaired(decode(pc.unique(column)))[0])
                     counts[name] += len(column) - column.null_count
     chosen = {name: notations.chosen for name, notations in seen.items() if notations.chosen}
     if job.old:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.user_hash import hash_ids, partition_of
 from missrec_t4r.errors import SchemaError
+from missrec_t4r.etl import arrow_columns
 from missrec_t4r.etl.engine.workdir import PLAN_FILE, SHUFFLE_FOLDER, decode, partition_path, read_item_ids, resumable
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.quality import checks
@@ -211,12 +212,12 @@ class EventEncoder:
     def _usable(self, table: pa.Table) -> pa.Table:
         """Return the events with user, item and time, these three in their normal types."""
         raw = {name: column for column, name in self.plan.names.items()}  # names of the input, for error messages
-        items = checks.ids_like(checks.normal_ids(decode(table[ITEM_ID]), raw[ITEM_ID]), self.item_ids.type)
-        checks.require_same_ids(items.type, self.item_ids.type)
+        items = checks.ids_like(arrow_columns.normal_ids(decode(table[ITEM_ID]), raw[ITEM_ID]), self.item_ids.type)
+        arrow_columns.require_same_ids(items.type, self.item_ids.type)
         keys = {
-            USER_ID: self._users(checks.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
+            USER_ID: self._users(arrow_columns.normal_ids(decode(table[USER_ID]), raw[USER_ID]), raw[USER_ID]),
             ITEM_ID: items,
-            TIMESTAMP: checks.normal_time(self._times(table[TIMESTAMP]), raw[TIMESTAMP], self.plan.time_format),
+            TIMESTAMP: arrow_columns.normal_time(self._times(table[TIMESTAMP]), raw[TIMESTAMP], self.plan.time_format),
         }
         table = pa.table({name: keys.get(name, decode(table[name])) for name in table.column_names})
         nulls = {name: table[name].null_count for name in keys if table[name].null_count}
@@ -228,9 +229,9 @@ class EventEncoder:
     def _times(self, times: pa.ChunkedArray) -> pa.ChunkedArray:
         """Return times decoded, texts as UTF-8: one that was not becomes null as any that is not a time."""
         times = decode(times)
-        if not pa.types.is_string(times.type) or checks.is_utf8(times):
+        if not pa.types.is_string(times.type) or arrow_columns.is_utf8(times):
             return times
-        texts, broken = checks.repaired(times)
+        texts, broken = arrow_columns.repaired(times)
         self.repaired_times += len(broken)
         return pa.chunked_array([pa.array(texts, pa.string())])
 
@@ -239,7 +240,7 @@ class EventEncoder:
         kind = self.plan.as_types.get(USER_ID, str(users.type))
         if kind == str(users.type):
             return users
-        converted = users.cast(pa.string()) if kind == "string" else checks.text_to_integers(users)
+        converted = users.cast(pa.string()) if kind == "string" else arrow_columns.text_to_integers(users)
         if converted is None:
             raise SchemaError(
                 f"user ids of column {name!r} are texts such as {users.drop_null()[0].as_py()!r}",
@@ -267,11 +268,11 @@ class EventEncoder:
             column = parse_numbers(column, self.plan.number_texts[name])
         text = pa.types.is_string(column.type)
         if kind == "category":
-            column = column if text else checks.as_category(column, name)
+            column = column if text else arrow_columns.as_category(column, name)
         elif pa.types.is_floating(column.type):
-            column = checks.finite_floats(column, pa.float32())
+            column = arrow_columns.finite_floats(column, pa.float32())
         else:
-            column = checks.as_int64(column, name)
+            column = arrow_columns.as_int64(column, name)
         self.nulls[name] += column.null_count
         values = column.fill_null("" if text else 0)
         if kind == "number":
@@ -286,7 +287,7 @@ class EventEncoder:
         """Return, ready for JSON: totals, nulls, unknown items, values and counts of categories, partitions' sizes."""
         categories, repaired = {}, {TIMESTAMP: self.repaired_times}
         for name, codes in self.categories.items():
-            values, broken = checks.repaired(codes.values)
+            values, broken = arrow_columns.repaired(codes.values)
             categories[name] = {"values": values, "counts": self.counts[name].tolist()}
             if broken:
                 repaired[name] = int(self.counts[name][broken].sum())

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.etl import item_table
+from missrec_t4r.etl.arrow_columns import TEXT_TYPES, normal_ids
 from missrec_t4r.etl.engine.executor import WorkerError
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.outputs import REPORT_FILE
@@ -234,7 +235,7 @@ def _convert(
     if not copy.is_file():
         table = read_table(file, "interactions", text_columns=id_columns, needed=None, findings=findings)
         for name in as_text:
-            ids = checks.normal_ids(table[name], name).cast(pa.string())
+            ids = normal_ids(table[name], name).cast(pa.string())
             table = with_column(table, name, ids)
         with atomic_write_file(copy) as temporary:
             pq.write_table(table, temporary)
@@ -281,7 +282,7 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
 def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_table.Vectors]:
     """Return the item table and its vectors, one row per id; ids have the type of those in the events' ``files``."""
     table = read_items(task.items, task.settings["catalogue_item_column"], task.findings)
-    ids = checks.normal_ids(table[ITEM_ID], ITEM_ID)
+    ids = normal_ids(table[ITEM_ID], ITEM_ID)
     schema, item_column = pq.read_schema(files[0]), task.settings["columns"][ITEM_ID]
     if item_column in schema.names:
         ids = checks.ids_like(ids, decoded_type(schema.field(item_column).type), task.findings)
@@ -294,7 +295,7 @@ def read_item_table(task: Task, files: Sequence[Path]) -> tuple[pa.Table, item_t
 def decoded_type(kind: pa.DataType) -> pa.DataType:
     """Return the type of a column after `decode`."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.string() if values in checks.TEXT_TYPES else values
+    return pa.string() if values in TEXT_TYPES else values
 
 
 def decode(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.etl.arrow_columns import is_utf8, normal_ids
 from missrec_t4r.etl.dataframe import Frame, Series
 from missrec_t4r.etl.gpu.device import CudfDevice
 from missrec_t4r.etl.inputs import Events
@@ -84,7 +85,7 @@ def plan_columns(run: Run, items: pa.Table, findings: checks.Findings) -> Column
     kept = [name for name in schema.names if name not in left_out]
     empty = pa.table({names.get(name, name): pa.array([], _decoded(schema.field(name).type)) for name in kept})
     features = checks.event_features(empty, run.settings["drop_columns"], noted)
-    item_kind, item_type = (checks.normal_ids(table[ITEM_ID], ITEM_ID).type for table in (empty, items))
+    item_kind, item_type = (normal_ids(table[ITEM_ID], ITEM_ID).type for table in (empty, items))
     if item_kind != item_type:
         raise NotPlainError(f"item ids are {item_kind} in the events and {item_type} in the item table")
     findings.found += noted.found
@@ -221,7 +222,7 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 def _distinct_texts(device: CudfDevice, column: Series, name: str) -> pa.Array:
     """Return the distinct texts; refuse those that are not UTF-8, which the CPU repairs."""
     distinct = device.to_arrow(column.drop_duplicates())
-    if not checks.is_utf8(distinct):
+    if not is_utf8(distinct):
         raise NotPlainError(f"texts of column {name!r} are not UTF-8")
     return distinct
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from missrec_t4r.config.checks import require_at_least, require_choices
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl import item_table, outputs, splits
+from missrec_t4r.etl.arrow_columns import normal_ids
 from missrec_t4r.etl.inputs import name_item_column, with_normal_ids
 from missrec_t4r.etl.nvt.adopt_sessions import Reader
 from missrec_t4r.etl.nvt.data_folder import count_items, write_request, write_schema
@@ -184,7 +185,7 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
             f"row {FIRST_ITEM_ROW}, after padding, null and unknown, as NVTabular 23.8 counts without num_buckets",
             "fit the workflow again with NVTabular 23.8, or run `missrec etl` on the raw events",
         )
-    ids = checks.normal_ids(table[name], name).combine_chunks()
+    ids = normal_ids(table[name], name).combine_chunks()
     if ids.null_count or len(ids.unique()) != len(ids):
         raise SchemaError(f"the vocabulary {file.name} holds nulls or an id twice", "one id per row")
     return ids

@@ -20,6 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.arrow_columns import TEXT_TYPES, is_utf8, repaired, require_utf8
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
@@ -243,13 +244,13 @@ def _one_type(tables: list[pa.Table], id_columns: Sequence[str]) -> list[pa.Tabl
     tables = list(tables)
     for name in id_columns:
         kinds = {table[name].type for table in tables if name in table.column_names}
-        has_text = any(kind in checks.TEXT_TYPES for kind in kinds)
+        has_text = any(kind in TEXT_TYPES for kind in kinds)
         if len(kinds) < 2 or not has_text or any(pa.types.is_floating(kind) for kind in kinds):
             continue
         for index, table in enumerate(tables):
             if name in table.column_names:
-                if table[name].type in checks.TEXT_TYPES:
-                    checks.require_utf8(table[name], name)
+                if table[name].type in TEXT_TYPES:
+                    require_utf8(table[name], name)
                 tables[index] = with_column(table, name, table[name].cast(pa.string()))
     return tables
 
@@ -260,11 +261,11 @@ def _plain_strings(table: pa.Table, ids: Sequence[str], findings: Findings) -> p
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if column.type in checks.TEXT_TYPES:  # pyarrow reads csv text that is not UTF-8 as binary
-            if checks.is_utf8(column):
+        if column.type in TEXT_TYPES:  # pyarrow reads csv text that is not UTF-8 as binary
+            if is_utf8(column):
                 column = column.cast(pa.string())
             elif name not in ids:
-                texts, broken = checks.repaired(column)
+                texts, broken = repaired(column)
                 checks.note_repaired(findings, name, len(broken))
                 column = pa.chunked_array([pa.array(texts, pa.string())])
         columns.append(column)

@@ -222,12 +222,18 @@ def test_what_is_missing_is_named(tutorial: Path, tmp_path: Path) -> None:
         adopt(tutorial / "workflow", tmp_path / "data")
     with pytest.raises(DataError, match=r"unique.item.parquet; found: .*unique.item_id.parquet.*--vocabulary-column"):
         adopt(tutorial / "workflow", tmp_path / "data", sessions="x", vocabulary_column="item")
+    with pytest.raises(DataError, match=r"workflow.pkl, a pickle, which is never read; .*give .*/workflow\."):
+        adopt(tutorial / "workflow" / "workflow.pkl", tmp_path / "data", sessions="x")
     lonely = tmp_path / "sessions.parquet"
     lonely.write_bytes((tutorial / "processed" / "part_0.parquet").read_bytes())
     with pytest.raises(SchemaError, match=r"no schema.pbtxt beside .*--schema"):
         adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)
     shutil.copy(tutorial / "processed" / "schema.pbtxt", tmp_path)
     sessions = pd.read_parquet(lonely)
+    sessions.rename(columns={"item_id-list": "sku-list"}).to_parquet(lonely)
+    words = r"ITEM_ID: \[\]; the schema tags \['item_id-list'\], the sessions have the lists \[.*'sku-list'"
+    with pytest.raises(SchemaError, match=words):
+        adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)
     sessions.assign(**{"item_id-list": sessions["item_id-list"].astype(str)}).to_parquet(lonely)
     with pytest.raises(SchemaError, match=r"'item_id-list' is tagged ITEM_ID and holds texts such as .*CONVERT_STRING"):
         adopt(tutorial / "workflow", tmp_path / "data", sessions=lonely)

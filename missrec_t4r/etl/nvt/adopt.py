@@ -166,6 +166,12 @@ def read_vocabulary(workflow: Path, column: str) -> pa.Array:
     SchemaError
         It starts at another row (older NVTabular, hash buckets), or holds nulls or doubled ids.
     """
+    if workflow.is_file() and workflow.suffix == ".pkl":
+        raise DataError(
+            f"--workflow {workflow}, a pickle, which is never read",
+            "the folder of Workflow.save",
+            f"give {workflow.parent}",
+        )
     file = workflow if workflow.is_file() else workflow / "categories" / f"unique.{column}.parquet"
     if not file.is_file():
         others = sorted(path.name for path in workflow.rglob("unique.*.parquet"))

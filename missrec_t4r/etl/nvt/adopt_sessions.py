@@ -199,9 +199,10 @@ def _session_columns(table: pa.Table, schema: Schema, n_rows: int, user_column: 
             "dask writes lists as texts unless DASK_DATAFRAME__CONVERT_STRING=False is set: transform again",
         )
     if len(tagged) != 1:
+        in_schema = schema.select_by_tag(Tags.ITEM_ID).column_names
         raise SchemaError(
-            f"list columns tagged ITEM_ID: {tagged}",
-            "exactly one",
+            f"list columns tagged ITEM_ID: {tagged}; the schema tags {in_schema}, the sessions have the lists {lists}",
+            "exactly one of both",
             "tag the item column in schema.pbtxt (TagAsItemID), or name the right file with --schema",
         )
     domain = schema[tagged[0]].int_domain

@@ -76,7 +76,7 @@ def _comparison(result: Mapping[str, Any]) -> RenderableType:
     columns |= {name: name.replace("_", " ") for name in ("coverage@10", "novelty", "popularity_bias", "diversity")}
     columns |= {"ms1": "ms for 1", "ms64": "ms for 64"}
     return Group(
-        *(metrics_table(result, name) for name in protocols),
+        *(metrics_table({**result, "coverage": result["beyond_accuracy"]}, name) for name in protocols),
         slices_table(result, verdict["protocol"]),
         rows_table(rows, columns),
         facts({"sessions": result["sessions"], **{name: result[name] for name in ("report", "page")}}),

@@ -38,6 +38,8 @@ FEW_SESSIONS: Final = 100
 """Fewer make a verdict doubtful, which a warning says."""
 MOST_VALUES: Final = 8
 """Values of a column that become slices: the most frequent ones among the targets."""
+MISSING: Final = "missing"
+"""Value of a target that has none in the column."""
 
 
 def compare(
@@ -195,15 +197,9 @@ def _report(
 ) -> dict[str, Any]:
     """Return the content of comparison.json."""
     sessions, current = _common_sessions(systems, benchmark), systems[0].name
-    ranks, lists = (_by_protocol(systems, sessions, benchmark.protocols, what) for what in ("ranks", "lists"))
-    protocols = [name for name in benchmark.protocols if {current, candidate} <= ranks[name].keys()]
-    if not protocols:
-        raise ConfigError(
-            f"no protocol of {', '.join(benchmark.protocols)} that {current} and {candidate} both have",
-            "excluded, which every system has",
-            "add it to --protocols",
-        )
-    histories, targets = benchmark.histories.take(sessions), benchmark.targets[sessions]
+    protocols = _protocols_of_both([system for system in systems if system.name in (current, candidate)], benchmark)
+    ranks, lists = (_by_protocol(systems, sessions, protocols, what) for what in ("ranks", "lists"))
+    main, histories, targets = protocols[0], benchmark.histories.take(sessions), benchmark.targets[sessions]
     compared = benchmark.sessions.take(sessions)
     users, beyond = users_of(compared), BeyondAccuracy(benchmark.catalogue, targets)
     masks = slices(histories, targets, benchmark.catalogue) | _values(slice_columns, targets, benchmark.catalogue)
@@ -217,7 +213,7 @@ def _report(
         "candidate": candidate,
         "n_users": len(sessions),
         "n_items": benchmark.catalogue.n_items,
-        "systems": {system.name: _description(system, ranks[protocols[0]], benchmark.protocols) for system in systems},
+        "systems": {system.name: _description(system, ranks[main], benchmark.protocols) for system in systems},
         "sessions": {
             "in_split": len(benchmark.sessions),
             "compared": len(sessions),
@@ -225,36 +221,45 @@ def _report(
             "targets_no_item": int((targets < FIRST_ITEM_ROW).sum()),
             "without_known_item": int((histories.lengths == 0).sum()),
         },
-        "protocols": {protocol: _accuracy(ranks[protocol], users) for protocol in protocols},
+        "protocols": {p: _accuracy(of, users) for p, of in ranks.items()},
         "differences": {
-            protocol: {
-                name: _difference(own, ranks[protocol][current], users, masks["all"])
-                for name, own in ranks[protocol].items()
-                if name != current
-            }
-            for protocol in protocols
+            p: {name: _difference(own, of[current], users, masks["all"]) for name, own in of.items() if name != current}
+            for p, of in ranks.items()
         },
         "slices": {
             name: {
                 "n": int(mask.sum()),
-                **{p: {system: metrics(own[mask]) for system, own in ranks[p].items()} for p in protocols},
-                "differences": {p: _difference(ranks[p][candidate], ranks[p][current], users, mask) for p in protocols},
+                **{p: {system: metrics(own[mask]) for system, own in of.items()} for p, of in ranks.items()},
+                "differences": {p: _difference(of[candidate], of[current], users, mask) for p, of in ranks.items()},
             }
             for name, mask in masks.items()
         },
-        "beyond_accuracy": {
-            protocol: {name: _mean(beyond, shown) for name, shown in lists[protocol].items()} for protocol in protocols
-        },
+        "beyond_accuracy": {p: {name: _mean(beyond, shown) for name, shown in of.items()} for p, of in lists.items()},
         "popularity_of_targets": beyond.of_targets,
-        "outcomes": {p: outcomes(ranks[p][current], ranks[p][candidate]) for p in protocols},
+        "outcomes": {p: outcomes(of[current], of[candidate]) for p, of in ranks.items()},
     }
-    report["coverage"] = report["beyond_accuracy"]
-    report["verdict"] = _verdict(report, protocols[0], gate)
-    first_seeds = {
-        name: (ranks[protocols[0]][name][:, 0], lists[protocols[0]][name][:, 0]) for name in (current, candidate)
-    }
+    report["verdict"] = _verdict(report, main, gate)
+    first_seeds = {name: (ranks[main][name][:, 0], lists[main][name][:, 0]) for name in (current, candidate)}
     report["examples"] = examples(benchmark.catalogue, histories, targets, first_seeds, users=compared)
     return report
+
+
+def _protocols_of_both(both: Sequence[Ranked], benchmark: Benchmark) -> list[str]:
+    """Return the protocols under which the current system and the candidate were ranked; the verdict is by the first.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    protocols = [name for name in benchmark.protocols if all(name in system.protocols for system in both)]
+    if not protocols:
+        raise ConfigError(
+            f"no protocol of {', '.join(benchmark.protocols)} that {both[0].name} and {both[1].name} both have",
+            "excluded, which every system has",
+            "add it to --protocols",
+        )
+    return protocols
 
 
 def _verdict(report: Mapping[str, Any], protocol: str, gate: Path | None) -> dict[str, Any]:
@@ -293,7 +298,7 @@ def _by_protocol(
     result: dict[str, dict[str, Ints]] = {protocol: {} for protocol in protocols}
     for system in systems:
         places = [np.searchsorted(seed.sessions, sessions) for seed in system.seeds]
-        for protocol in system.protocols:
+        for protocol in (name for name in protocols if name in system.protocols):
             seeds = zip(system.seeds, places, strict=True)
             result[protocol][system.name] = np.stack([getattr(seed, what)[protocol][at] for seed, at in seeds], axis=1)
     return result
@@ -345,11 +350,11 @@ def _difference(first: Ints, second: Ints, users: Ints | None, mask: Bools) -> d
 
 
 def _values(columns: Sequence[str], targets: Ints, catalogue: Catalogue) -> dict[str, Bools]:
-    """Return a mask per frequent value of a catalogue column, of the target."""
+    """Return a mask per frequent value of a catalogue column, of the target; `MISSING` where it has none."""
     masks: dict[str, Bools] = {}
     for column in columns:
-        texts = [""] * FIRST_ITEM_ROW + [str(value) for value in catalogue.items[column].to_pylist()]
-        values = np.array(texts, object)  # as text every one would take the room of the longest
+        texts = [MISSING if value is None else str(value) for value in catalogue.items[column].to_pylist()]
+        values = np.array([None] * FIRST_ITEM_ROW + texts, object)  # as text every one would take the longest's room
         of_target = values[targets]
         frequent = Counter(sorted(of_target[targets >= FIRST_ITEM_ROW].tolist())).most_common(MOST_VALUES)
         masks |= {f"{column}={name}": of_target == name for name, _ in frequent}

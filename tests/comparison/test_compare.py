@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
 import missrec_t4r as mr
 from benchmarks.quality.compared import compact
 from missrec_t4r import commands
+from missrec_t4r.cli.answer import summary
 from missrec_t4r.cli.app import app
 from missrec_t4r.comparison.beyond_accuracy import BeyondAccuracy
 from missrec_t4r.comparison.page import page
@@ -222,6 +224,17 @@ def test_a_run_on_another_folder_is_matched_by_user_and_target(data: Path, tmp_p
     assert set(shown) <= set(TITLES)
 
 
+def test_the_terminal_shows_the_first_protocol_with_coverage(data: Path, tmp_path: Path) -> None:
+    result = mr.compare(["popularity", "item_knn"], tmp_path / "out", data=data, protocols=[EXCLUDED])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary("compare", result))
+    words = console.export_text()
+    covered = result["beyond_accuracy"][EXCLUDED]["item_knn"]["coverage@10"]
+    assert f"{covered:.3f}" in words
+    for expected in ("coverage@10", result["verdict"]["summary"], str(tmp_path / "out" / "comparison.html")):
+        assert expected in words.replace("\n", "")
+
+
 def test_the_page_tells_a_reader_without_figures(data: Path, tmp_path: Path) -> None:
     files = write_lists(tmp_path / "now.parquet", BAD), write_lists(tmp_path / "next.parquet", GOOD)
     result = mr.compare(files, data=data, slice_columns=["kind"])
@@ -321,6 +334,17 @@ def test_a_slice_column_with_one_long_text_takes_no_room_for_every_item(data: Pa
     tracemalloc.stop()
     assert result["slices"]["text=short"]["n"] == 5
     assert most < 60_000_000  # nine rows of four bytes a character would be 144 million
+
+
+def test_targets_without_a_value_in_a_slice_column_are_a_slice_of_their_own(data: Path) -> None:
+    catalogue = Catalogue.load(data / "catalogue")
+    brands = pa.array(["x", None, "", None, "x", ""])
+    Catalogue(catalogue.items.append_column("brand", brands), catalogue.modalities).save(data / "catalogue")
+    shop.write_split(data / "test", [*SPLITS["test"], [3, 2]], users="u")  # the last target is in no catalogue
+    slices = mr.compare(["popularity", "item_knn"], data=data, slice_columns=["brand"])["slices"]
+    assert slices["all"]["n"] == 6
+    counts = {name: part["n"] for name, part in slices.items() if "=" in name}
+    assert counts == {"brand=": 1, "brand=missing": 2, "brand=x": 2}
 
 
 def test_systems_without_a_common_protocol_are_refused(data: Path) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.json_files import read_json, write_json
+from missrec_t4r.io.tensors_only import tensors_only
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, save_run
 from missrec_t4r.t4r.block import InterestRefresh
@@ -108,16 +108,7 @@ def train_t4r(
         there or that T4R's Trainer does not choose, or several processes.
     """
     started = time.perf_counter()
-    if (size := launched().size) > 1:
-        raise ConfigError(
-            f"--trainer t4r in {size} processes of torchrun, each of which would train on all sessions",
-            "one process",
-            "leave --trainer out, or write a script with tr.Trainer and mr.save_run",
-        )
-    where = own_device(device)
-    if ":" in device and where.index:
-        cure = f"set CUDA_VISIBLE_DEVICES={where.index} in the environment, and --device cuda"
-        raise ConfigError(f"--device {device} with --trainer t4r, which takes the first GPU", "auto, cpu or cuda", cure)
+    _require_one_device(device)
     data, out = Path(data), Path(out)
     catalogue, train, valid, event_features = read_training_data(data, recipe)
     schema = _read_schema(data, catalogue, event_features)
@@ -177,6 +168,25 @@ def train_t4r(
     save_run(out, core, recipe, data, info, catalogue, [train, valid])
     shutil.rmtree(checkpoints)
     return {"run": str(out), **info}
+
+
+def _require_one_device(device: str) -> None:
+    """Refuse several processes, a device that is not there, and one that T4R's Trainer would not take.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if (size := launched().size) > 1:
+        raise ConfigError(
+            f"--trainer t4r in {size} processes of torchrun, each of which would train on all sessions",
+            "one process",
+            "leave --trainer out, or write a script with tr.Trainer and mr.save_run",
+        )
+    where = own_device(device)
+    if ":" in device and where.index:
+        cure = f"set CUDA_VISIBLE_DEVICES={where.index} in the environment, and --device cuda"
+        raise ConfigError(f"--device {device} with --trainer t4r, which takes the first GPU", "auto, cpu or cuda", cure)
 
 
 def _read_schema(data: Path, catalogue: Catalogue, event_features: Sequence[EventColumn]) -> Any:
@@ -312,15 +322,12 @@ def _evaluations(state: Any) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def _own_checkpoints(folder: Path) -> Iterator[None]:
-    """Let torch read tensors and NumPy's random state from checkpoints and nothing else, whatever the environment says.
+    """Let torch read tensors and NumPy's random state from checkpoints and nothing else.
 
     transformers 4.30 stores NumPy's random state as an array, which torch's safe loading refuses unless it is named.
     """
-    forced, any_pickle = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name, None) for name in (forced, any_pickle)}
-    os.environ[forced] = "1"
     try:
-        with torch.serialization.safe_globals(_RANDOM_STATE):
+        with tensors_only(), torch.serialization.safe_globals(_RANDOM_STATE):
             yield
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":  # of a module that no code of ours imports
@@ -330,6 +337,3 @@ def _own_checkpoints(folder: Path) -> Iterator[None]:
             "tensors and the state of random numbers, as Transformers4Rec's trainer writes them",
             "train from the start with --restart",
         ) from error
-    finally:
-        del os.environ[forced]
-        os.environ.update({name: value for name, value in before.items() if value is not None})

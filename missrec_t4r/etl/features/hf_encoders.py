@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +26,12 @@ from torch.nn.functional import normalize
 from missrec_t4r.arrays import Floats
 from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.io.json_files import read_json
+from missrec_t4r.io.tensors_only import tensors_only
 from missrec_t4r.retrieval.device_search import exact_products
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIP = ("clip", "clip_text_model", "clip_vision_model")
 _LONGEST = 512
-_WEIGHTS_ONLY, _ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class PretrainedText:
@@ -183,7 +182,7 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # only one encoder of CLIP is loaded: transformers would list the other one's weights
     try:
-        with _tensors_only():
+        with tensors_only(), _no_pickled_tokenizer():
             return kind.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         if _is_refused(error):
@@ -215,19 +214,15 @@ class _PickleError(ValueError):
 
 
 @contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Make torch load tensors only, whatever the environment holds; the one tokenizer that unpickles is blocked."""
+def _no_pickled_tokenizer() -> Iterator[None]:
+    """Block the one tokenizer that unpickles."""
     from transformers.models.transfo_xl import tokenization_transfo_xl as unpickling
 
-    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _ANY_PICKLE)}
-    os.environ[_WEIGHTS_ONLY] = "1"
     module, unpickling.pickle = unpickling.pickle, _NoPickle
     try:
         yield
     finally:
         unpickling.pickle = module
-        del os.environ[_WEIGHTS_ONLY]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _is_refused(error: BaseException | None) -> bool:

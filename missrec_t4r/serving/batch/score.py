@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,15 +111,9 @@ def score(
     """
     require_at_least(1, top_k=top_k, threads=threads)
     require_choices(layout=(layout, LAYOUTS))
-    if (sessions is None) == (data is None):
-        found = "neither --sessions nor --data" if data is None else "both --sessions and --data"
-        raise ConfigError(found, "one of the two", "give --sessions FILE, or --data FOLDER")
+    started, source = time.monotonic(), _source(sessions, data, users)
     if out is None:
         raise ConfigError("no --out", "the parquet file to write", "give --out FILE")
-    if users is not None and data is None:
-        raise ConfigError("--users without --data", "the data folder of these users", "give --data FOLDER")
-    started = time.monotonic()
-    source = nullcontext(Path(sessions)) if sessions is not None else session_file_of(Path(str(data)), users)
     with (
         bundle_or_run(bundle, run) as folder,
         MISSRecClient.of_bundle(folder, threads=threads) as client,
@@ -170,6 +164,26 @@ def score(
             "the most popular items; are these the ids of the item table, and is this the bundle of this shop?"
         )
     return {"out": str(Path(out)), "rows": rows, **counts, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _source(
+    sessions: str | Path | None, data: str | Path | None, users: Sequence[str] | None
+) -> AbstractContextManager[Path]:
+    """Return the file or folder of sessions, which for a data folder exists while the context lasts.
+
+    Raises
+    ------
+    ConfigError
+        Both or neither of the two are given, or users of no data folder.
+    """
+    if data is not None and sessions is None:
+        return session_file_of(Path(data), users)
+    if sessions is None or data is not None:
+        found = "neither --sessions nor --data" if data is None else "both --sessions and --data"
+        raise ConfigError(found, "one of the two", "give --sessions FILE, or --data FOLDER")
+    if users is not None:
+        raise ConfigError("--users without --data", "the data folder of these users", "give --data FOLDER")
+    return nullcontext(Path(sessions))
 
 
 def _exclusions(for_all: list[RawId], per_session: list[list[RawId]] | None) -> list[RawId] | list[list[RawId]] | None:

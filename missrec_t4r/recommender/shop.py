@@ -135,6 +135,7 @@ class Shop:
                     f"leave one out, or give your vectors another name than {name!r}",
                 )
         at = Path(folder) if folder is not None else temporary_folder("missrec-shop-")
+        _refuse_tables_of_others(at, [*tables, *(f"{name}.npy" for name in arrays)])
         at.mkdir(parents=True, exist_ok=True)
         columns = {"user": user, "item": item, "time": time}
         options = {f"{name}_column": column for name, column in columns.items()} | etl
@@ -307,6 +308,18 @@ def _remove(folder: Path, owner: int) -> None:
 def _key(user: Any) -> str:
     """Return an id as text; a whole float, which pandas makes of an integer beside NaN, as that integer."""
     return str(int(user)) if isinstance(user, float) and user.is_integer() else str(user)
+
+
+def _refuse_tables_of_others(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder that is no shop, also none that is being made, and has files that a shop would replace."""
+    if (folder / COLUMNS_FILE).is_file() or (folder / DATA / REPORT_FILE).is_file():
+        return
+    if own := [name for name in names if (folder / name).exists()]:
+        raise DataError(
+            f"{folder} holds {', '.join(own)} and is no shop",
+            "a new folder, or that of a shop",
+            "choose another folder",
+        )
 
 
 def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:

@@ -349,6 +349,21 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Recommender().fit(events)  # type: ignore[arg-type]  # what a reader of scikit-learn writes first
 
 
+def test_tables_of_others_are_not_replaced(tables: Any, tmp_path: Path) -> None:
+    """A folder with an events.parquet of one's own is no shop; one that is being made, or was, is."""
+    events, items = tables
+    names = {"user": "kunde", "item": "artikel", "time": "zeit", "text": ["title"], "folder": tmp_path / "own"}
+    (tmp_path / "own").mkdir()
+    items.to_parquet(tmp_path / "own" / "items.parquet")
+    with pytest.raises(DataError, match=r"own holds items.parquet and is no shop; .* choose another folder"):
+        mr.Shop.from_frames(events, items.head(5), **names)
+    assert pd.read_parquet(tmp_path / "own" / "items.parquet").equals(items)
+    (tmp_path / "own" / "items.parquet").unlink()
+    mr.Shop.from_frames(events, items, **names)
+    (tmp_path / "own" / "columns.json").unlink()  # as after a kill before the last step
+    mr.Shop.from_frames(events, items, **names)
+
+
 def test_refused_events_leave_an_older_shop_as_it_is(shop: mr.Shop, tables: Any, tmp_path: Path) -> None:
     events, items = tables
     folder = shutil.copytree(shop.folder, tmp_path / "shop")

@@ -26,7 +26,14 @@ from missrec_t4r.etl.engine.compact import compact, is_due
 from missrec_t4r.etl.engine.delta import write_delta
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
-from missrec_t4r.etl.engine.versions import VERSIONS_FILE, link_unchanged, load_version, new_files, part_files
+from missrec_t4r.etl.engine.versions import (
+    VERSIONS_FILE,
+    Version,
+    link_unchanged,
+    load_version,
+    new_files,
+    part_files,
+)
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
@@ -79,15 +86,15 @@ def update(
         The folder cannot be updated, or the new events do not fit it. The old version stays as it is.
     """
     started, out, vectors = time.perf_counter(), Path(out), dict(modality or {})
-    report, state, versions = load_version(out)
+    old = load_version(out)
     if (out / WORKFLOW_FOLDER).is_dir():
         require_nvtabular(f"an update of {out}, which holds NVTabular workflows", "run missrec etl on all events")
     paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
     files = expand(paths, "interactions") if paths or items is None else []
-    new = new_files(files, versions, out)
+    new = new_files(files, old.history, out)
     if known := [str(file) for file in files if file not in new]:
         log.info(f"{out}: {', '.join(known[:3])}{', …' if len(known) > 3 else ''} added before: skipped")
-    settings = dict(report["settings"])
+    settings = dict(old.report["settings"])
     columns = settings["columns"]
     names = {columns[name]: name for name in (USER_ID, ITEM_ID, TIMESTAMP)}
     run = Run(files=[], names=names, settings=settings, modality_files={}, started=started)
@@ -98,7 +105,7 @@ def update(
     if dry_run or not (new or n_items):
         if not dry_run:
             workdir.clear_after_kill(out)
-        outlook = {"version": versions["version"], "new_files": [str(file) for file in new], "new_lines": n_items}
+        outlook = {"version": old.number, "new_files": [str(file) for file in new], "new_lines": n_items}
         return {"data": str(out), "updated": False, "dry_run": dry_run, **outlook}
     copies = workdir.copies_folder(out)
     files = workdir.as_parquet(list(new), copies, [columns[USER_ID], columns[ITEM_ID]])
@@ -106,23 +113,19 @@ def update(
     as_delta = not files or (delta and parquet_rows(files) <= MAX_DELTA_EVENTS)
     if not as_delta and delta_files(out):
         compact(out, dask_scheduler=dask_scheduler, workers=workers)
-        report, state, versions = load_version(out)
-    version = versions["version"] + 1
-    old = {"folder": str(out.absolute()), **state, "version": versions["version"], "new_rows": n_items}
-    job = Job(run, all_items, all_vectors, state["partitions"], old, catalogue)
+        old = load_version(out)
+    version = old.number + 1
+    job = Job(run, all_items, all_vectors, old.state["partitions"], old, catalogue, n_items)
     with workdir.working_folder(out) as (work, finish):
         if as_delta:
-            shutil.rmtree(work, ignore_errors=True)  # of a killed run
-            folder = job.folder = work / f"delta-{version}"
-            folder.mkdir(parents=True)
-            counts = write_delta(job, catalogue, report)
-            plain = versions["plain_version"] if delta_files(folder) or delta_files(out) else version
+            folder, counts = write_delta(job, old, catalogue, work)
+            plain = old.history["plain_version"] if delta_files(folder) or delta_files(out) else version
         else:
             with open_executor(dask_scheduler, workers) as executor:
                 folder, counts = build(job, work, executor)
             plain = version
-        change = _describe_change(job, catalogue, counts, report) | {"files": sorted(new.values())}
-        history = {"version": version, "plain_version": plain, "changes": [*versions["changes"], change]}
+        change = _describe_change(job, old, catalogue, counts) | {"files": sorted(new.values())}
+        history = {"version": version, "plain_version": plain, "changes": [*old.history["changes"], change]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
         final = job.run.write_report(counts | {"version": version, "events_read": parquet_rows(files)}, folder)
         rewritten = () if as_delta else (*part_files(change["partitions"]), *_WORKFLOWS)
@@ -138,15 +141,13 @@ def update(
     return {"data": str(out), "updated": True, "added": added, **final, "plain_version": plain}
 
 
-def _describe_change(
-    job: Job, catalogue: Catalogue, counts: dict[str, Any], report: Mapping[str, Any]
-) -> dict[str, Any]:
+def _describe_change(job: Job, old: Version, catalogue: Catalogue, counts: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of a version in ``versions.json``; ``touched`` moves there from the counts."""
     ids, first = job.items[ITEM_ID].slice(catalogue.n_items).to_pylist(), FIRST_ITEM_ROW + catalogue.n_items
     return {
-        "version": job.old["version"] + 1,
-        "events_added": counts["events"] - report["events"],
-        "users_added": counts["users"] - report["users"],
+        "version": old.number + 1,
+        "events_added": counts["events"] - old.report["events"],
+        "users_added": counts["users"] - old.report["users"],
         "items_added": ids,
         "items_changed": sum(found.count for found in job.run.findings.found if found.check == "changed_items"),
         "rows_added": [first, first + len(ids)],

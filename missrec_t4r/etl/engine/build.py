@@ -84,7 +84,7 @@ def build(job: Job, work: Path, executor: Executor) -> tuple[Path, dict[str, Any
         The input cannot give a right result.
     """
     plan = job.plan = make_plan(job)
-    others = _WORK_FORMAT, job.run.settings, job.old
+    others = _WORK_FORMAT, job.run.settings, job.old, job.new_rows
     folder = job.folder = workdir.open_planned_job(work, asdict(plan), job.run.files, job.items, *others)
     tasks = [(str(folder), chunk) for chunk in range(len(plan.chunks))]
     chunks = executor.run(shuffle_chunk, tasks, "reading events")
@@ -117,9 +117,9 @@ def _finish(job: Job, common: dict[str, Any], written: Mapping[int, dict[str, An
 
     ``written`` are the results of `sessionize.write_splits`; an update leaves the other partitions as they were.
     """
-    out, numbers = job.folder / OUTPUT_FOLDER, range(job.plan.partitions)
-    parts = [written.get(number) or job.old["parts"][number] for number in numbers]
-    sources = [job.folder if number in written else Path(job.old["folder"]) for number in numbers]
+    out, numbers, old = job.folder / OUTPUT_FOLDER, range(job.plan.partitions), job.old
+    parts = [old.state["parts"][number] if old and number not in written else written[number] for number in numbers]
+    sources = [old.folder if old and number not in written else job.folder for number in numbers]
     states = [read_json(state_path(sources[number], number, "json")) for number in numbers]
     if job.catalogue is None:
         catalogue = item_table.build_catalogue(
@@ -145,7 +145,7 @@ def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, 
     out, item_ids, settings = job.folder / OUTPUT_FOLDER, catalogue.items[ITEM_ID].combine_chunks(), job.run.settings
     categories = {name: pd.Series(values) for name, values in common["categories"].items()}
     derive, length = job.run.derive, settings["max_sequence_length"]
-    typed = Path(job.old.get("folder", out))  # has rows, which the partitions of an update need not have
+    typed = job.old.folder if job.old else out  # has rows, which the partitions of an update need not have
     outputs.write_session_schema(typed, out, {ITEM_ID: item_ids, **categories, **derive.clock}, longest)
     features = outputs.feature_codes([*job.plan.features, *derive.columns], categories | derive.clock)
     if not has_nvtabular():
@@ -164,7 +164,7 @@ def _write_encodings(job: Job, common: Mapping[str, Any], catalogue: Catalogue, 
             max_events=settings["max_events"],
             derive=derive,
         )
-        state = state_schema(job.old.get("folder", job.folder))
+        state = state_schema(job.old.folder if job.old else job.folder)
         nvt_workflows.fit(workflow, _one_event(state, item_ids, categories, settings))
         write_workflow(workflow, out, pickled=settings["save_nvtabular_workflow"])
         write_request(item_ids, out, Path(storage), length, features)

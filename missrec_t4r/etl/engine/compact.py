@@ -86,7 +86,7 @@ def compact(
         The folder was not written by the out-of-core engine.
     """
     started, out = time.perf_counter(), Path(out)
-    report, state, versions = load_version(out)
+    data, report, state, versions = load_version(out)
     n_deltas = len(delta_files(out))
     result = {"data": str(out), "compacted": bool(n_deltas) and not dry_run, "dry_run": dry_run, "deltas": n_deltas}
     if not n_deltas or dry_run:
@@ -96,7 +96,7 @@ def compact(
     with working_folder(out) as (work, finish), open_executor(dask_scheduler, workers) as executor:
         common = session_settings(report["settings"], state["categories"])
         job = open_job(work, [common, state, versions["version"]])
-        common |= {"maps": [], "old": str(out.absolute()), "partitions": state["partitions"]}
+        common |= {"maps": [], "old": str(data), "partitions": state["partitions"]}
         write_json(job / sessionize.SPLIT_FILE, common, indent=None)
         numbers = affected_partitions(out, state["partitions"])
         tasks = [(str(job), number) for number in numbers]

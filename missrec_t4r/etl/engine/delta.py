@@ -8,6 +8,7 @@ up to date by difference: the new sessions of the affected users less their old 
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from missrec_t4r.etl.engine.job import Job, make_plan
 from missrec_t4r.etl.engine.reduce import reduce_chunks
 from missrec_t4r.etl.engine.shuffle import EventEncoder, map_codes, read_batches
 from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER, count_events, load_users
+from missrec_t4r.etl.engine.versions import Version
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.etl.outputs import WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
@@ -67,47 +69,54 @@ def split_sessions(state: pa.Table, common: Mapping[str, Any]) -> tuple[pa.Table
     return sessions, Change(counts, train_items, int(np.diff(offsets).max(initial=0)), state.num_rows)
 
 
-def write_delta(job: Job, old: Catalogue, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files that an increment adds or changes; all others stay those of the old version.
+def write_delta(job: Job, old: Version, old_catalogue: Catalogue, work: Path) -> tuple[Path, dict[str, Any]]:
+    """Write the files that an increment adds or changes into the working directory; all others stay those of ``old``.
 
     Parameters
     ----------
     job : Job
-        An incremental update with an empty folder; its items and vectors contain the new rows of the item table.
-    old : Catalogue
-        Of the version before.
-    report : mapping
-        ``etl.json`` of the version before.
+        An incremental update; its items and vectors contain the new rows of the item table.
+    old, old_catalogue : Version, Catalogue
+        Before the update.
+    work : Path
+        Working directory.
 
     Returns
     -------
-    dict
-        Counts as in the report, and the number of affected users.
+    folder : Path
+        Of these files.
+    counts : dict
+        As in the report, and the number of affected users.
     """
-    change, categories, old_categories = NO_CHANGE, job.old["categories"], job.old["categories"]
-    old_longest = max(job.old.get("longest", 0), *(part["longest"] for part in job.old["parts"]))
+    shutil.rmtree(work, ignore_errors=True)  # of a killed run
+    job.folder = work / f"delta-{old.number + 1}"
+    job.folder.mkdir(parents=True)
+    change, categories, old_categories = NO_CHANGE, old.state["categories"], old.state["categories"]
+    old_longest = max(old.state.get("longest", 0), *(part["longest"] for part in old.state["parts"]))
     if job.run.files:
         events, common = encode_increment(job)
-        change, categories = _write_sessions(job, events, common), common["categories"]
+        change, categories = _write_sessions(job, old, events, common), common["categories"]
     longest, item_ids = max(change.longest, old_longest), one_array(job.items[ITEM_ID])
     longer = [name for name, values in categories.items() if len(values) > len(old_categories[name])]
-    longer += [ITEM_ID] if len(item_ids) > old.n_items else []
+    longer += [ITEM_ID] if len(item_ids) > old_catalogue.n_items else []
     if longer or longest > old_longest:
-        _extend_encodings(job, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
-    state = {name: job.old[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
+        _extend_encodings(job, old.folder, {ITEM_ID: item_ids.to_pylist(), **categories}, longer, longest)
+    state = {name: old.state[name] for name in ("types", "valid_from", "test_from", "newest", "partitions", "parts")}
     state |= {"categories": categories, "longest": longest}
     write_json(job.folder / STATE_FOLDER / STATE_FILE, state, indent=None)
-    catalogue = _write_catalogue(job, old, change.train_items)
-    counts = Counter(events=report["events"], users=report["users"], **report["sessions"])
+    catalogue = _write_catalogue(job, old.folder, old_catalogue, change.train_items)
+    counts = Counter(events=old.report["events"], users=old.report["users"], **old.report["sessions"])
     counts.update(change.counts)
     rows = {split: counts.pop(split) for split in SPLITS}
     touched = {"touched": {"users": change.affected_users}}
-    return {**touched, **counts, **outputs.data_counts(catalogue, catalogue.train_count, rows)}
+    return job.folder, {**touched, **counts, **outputs.data_counts(catalogue, catalogue.train_count, rows)}
 
 
-def _extend_encodings(job: Job, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int) -> None:
+def _extend_encodings(
+    job: Job, data: Path, vocabularies: Mapping[str, list[Any]], longer: Sequence[str], longest: int
+) -> None:
     """Write schema, request transform and, where the folder has them, workflows with longer vocabularies."""
-    data, folder = Path(job.old["folder"]), job.folder
+    folder = job.folder
     outputs.write_session_schema(data, folder, {**vocabularies, **job.run.derive.clock}, longest)
     transform = read_json(data / SESSION_TRANSFORM_FILE)
     for name in longer:
@@ -139,19 +148,19 @@ def encode_increment(job: Job) -> tuple[pa.Table, dict[str, Any]]:
     return sessionize.cast_columns(events, common["types"]), common
 
 
-def _write_sessions(job: Job, events: pa.Table, common: Mapping[str, Any]) -> Change:
+def _write_sessions(job: Job, old: Version, events: pa.Table, common: Mapping[str, Any]) -> Change:
     """Write sessions and state of the affected users as delta files; return the change of the counts."""
     events = events.filter(pa.array(events[ITEM_ID].to_numpy() < common["rows"]))
     if not events.num_rows:
         return NO_CHANGE
     users = one_array(events[USER_ID]).unique()
     users = users.take(pa.array(np.argsort(hash_ids(users), kind="stable")))
-    old = load_users(Path(job.old["folder"]), job.old["partitions"], users, hash_ids(users))
-    state, counts = sessionize.extend_state(old, events, common)
+    known = load_users(old.folder, old.state["partitions"], users, hash_ids(users))
+    state, counts = sessionize.extend_state(known, events, common)
     checks.note_users(job.run.findings, [counts], drop_duplicates=common["drop_duplicates"])
     sessions, after = split_sessions(state, common)
-    _, before = split_sessions(state.take(pa.array([], pa.int64())) if old is None else old, common)
-    file = f"{DELTA_FOLDER}/{job.old['version'] + 1:05}.arrow"
+    _, before = split_sessions(state.take(pa.array([], pa.int64())) if known is None else known, common)
+    file = f"{DELTA_FOLDER}/{old.number + 1:05}.arrow"
     sessions_file, state_file = job.folder / file, job.folder / STATE_FOLDER / file
     write_arrow(sessions, sessions_file)
     if sessionize.derives_sessions(common):
@@ -164,10 +173,10 @@ def _write_sessions(job: Job, events: pa.Table, common: Mapping[str, Any]) -> Ch
     return after._replace(train_items=sum_counts([after.train_items, -before.train_items], n_items))
 
 
-def _write_catalogue(job: Job, old: Catalogue, train_items: Ints) -> Catalogue:
+def _write_catalogue(job: Job, data: Path, old: Catalogue, train_items: Ints) -> Catalogue:
     """Write the catalogue with its new counts and items; without new items all but the item table are links."""
     target = job.folder / CATALOGUE_FOLDER
-    unchanged = not job.old["new_rows"] and job.items.num_rows == old.n_items
+    unchanged = not job.new_rows and job.items.num_rows == old.n_items
     catalogue = old if unchanged else item_table.extend_catalogue(old, job.items, job.vectors)
     counts = sum_counts([old.train_count, train_items], catalogue.n_rows)
     catalogue = item_table.with_train_count(catalogue, counts[FIRST_ITEM_ROW:])
@@ -175,7 +184,7 @@ def _write_catalogue(job: Job, old: Catalogue, train_items: Ints) -> Catalogue:
         catalogue.save(target)
         return catalogue
     target.mkdir()
-    for file in Path(job.old["folder"], CATALOGUE_FOLDER).iterdir():
+    for file in (data / CATALOGUE_FOLDER).iterdir():
         if file.name != ITEMS_FILE:
             link_or_copy(file, target / file.name)
     catalogue.write_items(target)

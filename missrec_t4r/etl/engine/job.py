@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +17,7 @@ from missrec_t4r.etl import item_table
 from missrec_t4r.etl.arrow_columns import repaired
 from missrec_t4r.etl.engine.shuffle import Plan, cut_chunks
 from missrec_t4r.etl.engine.user_state import state_schema
+from missrec_t4r.etl.engine.versions import Version
 from missrec_t4r.etl.engine.workdir import decode, unified_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.number_texts import Notations, note
@@ -43,10 +43,12 @@ class Job:
         Item table with ids in their normal type, and its modality vectors.
     partitions : int, optional
         As in `missrec_t4r.etl.pipeline.etl`.
-    old : dict
-        Incremental update only: folder, version, types, categories and boundaries of the version before.
+    old : Version, optional
+        Incremental update only: the version that is extended.
     catalogue : Catalogue, optional
-        Incremental update only: the catalogue that is extended.
+        Incremental update only: its catalogue.
+    new_rows : int
+        Incremental update only: rows of the item table that are new or changed.
 
     Attributes
     ----------
@@ -60,8 +62,9 @@ class Job:
     items: pa.Table
     vectors: item_table.Vectors
     partitions: int | None = None
-    old: dict[str, Any] = field(default_factory=dict)
+    old: Version | None = None
     catalogue: Catalogue | None = None
+    new_rows: int = 0
     plan: Plan = field(init=False)
     folder: Path = field(init=False)
 
@@ -81,14 +84,14 @@ def make_plan(job: Job) -> Plan:
         dropped = [name for name in dropped if name in empty.column_names]
     features = checks.event_features(empty, dropped, findings)
     if job.old:
-        features, as_types = _as_before(job, empty, features)
+        features, as_types = _as_before(job.run, job.old, empty, features)
     else:  # a file without any value of a column does not know its type
         as_types = {name: str(empty[name].type) for name in features}
     texts = [name for name in features if pa.types.is_string(empty[name].type)]
     notations = _notations(job, [name for name in texts if name not in categorical])
     texts = [name for name in texts if name not in notations]
     run.set_features(features, texts)
-    categories = [*texts, *categorical, *job.old.get("categories", ())]
+    categories = [*texts, *categorical, *(job.old.state["categories"] if job.old else ())]
     kinds = {name: "category" if name in categories else "number" for name in features}
     chunks = cut_chunks(run.files)
     rows = sum(chunk.rows for chunk in chunks)
@@ -103,7 +106,7 @@ def make_plan(job: Job) -> Plan:
     return Plan(chunks, partitions, dict(run.names), kinds, not is_number, notations, time_format, as_types)
 
 
-def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _as_before(run: Run, old: Version, empty: pa.Table, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the event columns of an incremental update, those of the first run, and what is cast when it is read.
 
     A new column is left out. A column without any value has no type, and takes the folder's; so do ids of users.
@@ -113,7 +116,7 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
     SchemaError
         A column is missing, or holds texts where the folder holds categories of numbers, or the other way round.
     """
-    before: list[str] = job.run.settings["event_features"]
+    before: list[str] = run.settings["event_features"]
     untyped = [name for name in before if name in empty.column_names and pa.types.is_null(empty[name].type)]
     if missing := [name for name in before if name not in found and name not in untyped]:
         cure = f"add {', '.join(missing)}, or run missrec etl on all events"
@@ -121,10 +124,10 @@ def _as_before(job: Job, empty: pa.Table, found: Sequence[str]) -> tuple[list[st
     for name in found:
         if name not in before:
             words = f"event column {name!r} is new and is left out; run missrec etl on all events to read it"
-            job.run.findings.add("event_column_left_out", 1, words)
-    as_types = {USER_ID: str(state_schema(job.old["folder"]).field(USER_ID).type)}
+            run.findings.add("event_column_left_out", 1, words)
+    as_types = {USER_ID: str(state_schema(old.folder).field(USER_ID).type)}
     for name in before:
-        values = job.old["categories"].get(name)
+        values = old.state["categories"].get(name)
         of_texts = any(isinstance(value, str) for value in values or ())
         if name in untyped:
             as_types[name] = "float" if values is None else "string" if of_texts else "double"
@@ -143,7 +146,7 @@ def _notations(job: Job, texts: Sequence[str]) -> dict[str, str]:
     A column of an incremental update is what it was in the first run.
     """
     if job.old:
-        texts = [name for name in texts if name in job.old["types"]]
+        texts = [name for name in texts if name in job.old.state["types"]]
     seen, counts = {name: Notations() for name in texts}, dict.fromkeys(texts, 0)
     for file in job.run.files if texts else ():
         parquet = pq.ParquetFile(file)

@@ -66,10 +66,10 @@ def reduce_chunks(job: Job, chunks: Sequence[dict[str, Any]], executor: Executor
     common: dict[str, Any] = {
         "maps": maps,
         "rows": n_rows + (len(unknown.values) if append else 0),
-        "types": job.old["types"] if job.old else _column_types(job, chunks),
+        "types": job.old.state["types"] if job.old else _column_types(job, chunks),
         "drop_duplicates": settings["drop_duplicates"],
         "filtered": False,
-        "old": job.old.get("folder"),
+        "old": str(job.old.folder) if job.old else None,
     }
     if not job.old:
         settings["newest"] = max(chunk["newest"] for chunk in chunks if chunk["newest"] is not None)
@@ -85,7 +85,7 @@ def reduce_chunks(job: Job, chunks: Sequence[dict[str, Any]], executor: Executor
             of_kept = event_arithmetic.sum_counts((part[name] for part in kept), len(counts))
             categories[name] = dict(zip(counts, of_kept.tolist(), strict=True))
         common["filtered"] = True
-    before = job.old.get("categories", {})
+    before = job.old.state["categories"] if job.old else {}
     common["categories"] = {
         name: _order_by_frequency(counts, before.get(name, ())) for name, counts in categories.items()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER
@@ -20,8 +20,26 @@ _INPUTS_FILE = "inputs.json"
 """In the folder of the user state: SHA-256 digests of the event files of the first run."""
 
 
-def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return ``etl.json``, ``state/state.json`` and ``versions.json`` of a data folder that can be updated.
+class Version(NamedTuple):
+    """The newest version of a data folder that can be updated."""
+
+    folder: Path
+    """Absolute."""
+    report: dict[str, Any]
+    """``etl.json``."""
+    state: dict[str, Any]
+    """``state/state.json``: types, category values, boundaries, partitions."""
+    history: dict[str, Any]
+    """``versions.json``."""
+
+    @property
+    def number(self) -> int:
+        """Its number, from 1."""
+        return int(self.history["version"])
+
+
+def load_version(out: Path) -> Version:
+    """Return the newest version of a data folder that can be updated.
 
     Raises
     ------
@@ -49,7 +67,7 @@ def load_version(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
     file = out / VERSIONS_FILE
     versions = read_json(file) if file.is_file() else {"version": 1, "changes": []}
     versions.setdefault("plain_version", versions["version"])  # that of the splits' parquet files
-    return report, read_json(state_file), versions
+    return Version(out.absolute(), report, read_json(state_file), versions)
 
 
 def part_files(partitions: Iterable[int]) -> list[str]:

@@ -246,7 +246,7 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
 def test_jobs_with_one_output_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = tmp_path / "out.parquet"
+    out = tmp_path / "new" / "out.parquet"
 
     def job(name: str) -> tuple[int, dict[str, int]]:
         return in_parts.write_in_parts(out, name, range(2), lambda part: (pa.table({"job": [name]}), {"rows": part}))

@@ -47,10 +47,11 @@ def write_in_parts(
     """
     require_file_name(out)
     folder = out.absolute().with_name(f".{out.name}.parts")
+    folder.parent.mkdir(parents=True, exist_ok=True)  # where the lock is
     with locked(out):  # another job would remove these parts, or add its own to them
         if folder.is_dir() and _key_of(folder) != key:
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         write_json(folder / _KEY_FILE, {"key": key})
         if done := len([*folder.glob("*.counts.json")]):
             log.info(f"continuing after {done} finished parts in {folder}; delete it to start again")

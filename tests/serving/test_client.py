@@ -114,7 +114,8 @@ def test_none_in_place_of_a_sessions_list_restricts_nothing() -> None:
 def test_ids_in_arrays_are_those_in_lists() -> None:
     model, sessions = Description("int64", 2, frozenset({"item_ids"})), [np.array([1]), np.array([2, 3])]
     for_all, per_session = np.array([7, 8]), [np.array([7, 8]), np.array([9, 8])]
-    for exclude, sent in ((for_all, [[7, 8], [7, 8]]), (per_session, [[7, 8], [9, 8]])):
+    all_by_all = [[7, 8], [7, 8]]
+    for exclude, sent in ((for_all, all_by_all), (iter([7, 8]), all_by_all), (per_session, [[7, 8], [9, 8]])):
         (request,) = requests_of(sessions, 3, model, RequestOptions(exclude=exclude))
         assert request["exclude"].tolist() == sent
 
@@ -271,6 +272,7 @@ def test_an_answer_to_another_number_of_sessions_is_refused() -> None:
     [
         ([1039, 1052], "session 0 is 1039; expected: a list of item ids per session. wrap the ids in a list"),
         (1039, "sessions is 1039"),
+        (iter([["a"]]), "sessions is <list_iterator .*; expected: a list of item ids per session"),
         ([["a"], None], "session 1 is None"),
         (["a", "b"], "a session given as one string"),
         ([b"a"], "a session given as one string"),

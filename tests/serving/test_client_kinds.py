@@ -249,6 +249,7 @@ def test_rules_reasons_and_the_version_travel_with_every_kind_of_client(server: 
     ("options", "words"),
     [
         ({"exclude": "ware-1-ü"}, "exclude is not a list of item ids"),
+        ({"exclude": 7}, "exclude is not a list of item ids"),
         ({"exclude": [["a"], "b"]}, "exclude is not a list of item ids"),
         ({"exclude": [["a"], ["b"]]}, "exclude holds 2 lists for 1 sessions"),
         ({"allow": [3]}, "allow: item id 3 is of type int"),

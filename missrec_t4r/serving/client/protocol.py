@@ -126,7 +126,7 @@ def check_call(sessions: Sequence[Session], top_k: int) -> None:
         ``top_k`` is no whole number, below one, or exceeds 32 bits.
     """
     expected = ("a list of item ids per session", "wrap the ids in a list")
-    if not isinstance(sessions, Iterable):
+    if not isinstance(sessions, Iterable) or isinstance(sessions, Iterator):  # which gives its sessions once
         raise DataError(f"sessions is {sessions!r}", *expected)
     if isinstance(sessions, str | bytes) or any(isinstance(session, str | bytes) for session in sessions):
         raise DataError("a session given as one string", *expected)
@@ -260,9 +260,11 @@ def _encoded(what: str, session: Session, id_type: str) -> AnyArray:
 
 def _per_session(name: str, option: Any, n_sessions: int, id_type: str) -> list[AnyArray]:
     """Return the encoded ids of an option by session: one list for all of them, or a list of each or None."""
+    is_list = isinstance(option, Iterable) and not isinstance(option, str | bytes)
+    option = [*option] if is_list else []  # a generator gives its ids once
     lists = [isinstance(entry, (list, tuple, np.ndarray)) for entry in option]
     is_mixed = any(lists) and not all(own or entry is None for own, entry in zip(lists, option, strict=True))
-    if isinstance(option, str) or is_mixed:
+    if is_mixed or not is_list:
         raise DataError(f"{name} is not a list of item ids", "ids for all sessions, or a list of ids per session")
     if not any(lists):
         return [_id_list(name, option, id_type)] * n_sessions

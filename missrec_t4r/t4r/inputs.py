@@ -90,6 +90,9 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         The config and the settings that the inputs were given.
     """
 
+    n_rows = 0
+    """Rows of the catalogue; 0 before a `Head` joins the inputs with a core, and in models of earlier versions."""
+
     def __init__(
         self,
         schema: Schema,
@@ -103,9 +106,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         self.event_features = event_features
         self.event_feature_names = {name: event_feature_name(name) for name in schema.column_names if name != item_id}
         self.catalogue = catalogue
-        self.n_rows = (
-            0 if catalogue is None else catalogue.n_rows
-        )  # 0: known when a `Head` joins the inputs with a core
+        if catalogue is not None:
+            self.n_rows = catalogue.n_rows
         self.settings = settings
         self.state = StepState()
         self.causal = False

@@ -106,7 +106,9 @@ def save_run(
         "valid": quick_metrics(ModelScorer.with_popularity(core, catalogue), valid, catalogue.n_rows),
         "device": str(next(core.parameters()).device),
     }
-    if not (distributed.launched().rank or distributed.world().rank):  # of several processes the first one writes
+    if rank := distributed.launched().rank or distributed.world().rank:
+        log.info(f"process {rank} of several: the first one writes {out}")
+    else:
         _make_way(out, folder, overwrite)
         recipe = Recipe(name="t4r", model=core.config, train=settings)
         run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))

@@ -44,8 +44,9 @@ def warn_of_lost_updates(old: Path, new: Path) -> None:
     added = pc.and_not(pc.equal(before[TRAIN_COUNT], 0), pc.is_in(old_ids, value_set=new_ids))
     if ids := old_ids.filter(added).to_pylist():
         log.warning(f"no longer in the catalogue, without events in training: {_named(ids)}; {_CURE}")
-    recommended = new_ids.filter(pc.invert(_retired(after)))
-    back = pc.and_(_retired(before), pc.is_in(old_ids, value_set=recommended))
+    if RETIRED in after.column_names:  # a row that says false is what somebody wants
+        new_ids = new_ids.filter(pc.is_null(one_array(after[RETIRED])))
+    back = pc.and_(_retired(before), pc.is_in(old_ids, value_set=new_ids))
     if ids := old_ids.filter(back).to_pylist():
         log.warning(f"retired in the bundle that is replaced, and recommended again: {_named(ids)}; {_CURE}")
 

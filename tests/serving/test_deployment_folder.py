@@ -140,11 +140,14 @@ def test_a_rollback_passes_over_versions_that_were_left_where_the_one_before_is_
         rollback(folder)
 
 
-def test_a_folder_of_an_earlier_version_rolls_back_to_the_newest_below(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 1, "replaced": {"3": 3, "2": 7}}'])
+def test_a_folder_of_an_earlier_version_or_with_a_nonsensical_note_rolls_back_to_the_newest_below(
+    content: str, bundle: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "models"
     for threads in (1, 2, 3):
         deploy(folder, bundle=bundle, threads=threads)
-    (folder / "deployment.json").write_text('{"format": 1}')
+    (folder / "deployment.json").write_text(content)
     assert [rollback(folder)["version"] for _ in range(2)] == [2, 1]
 
 

@@ -378,6 +378,11 @@ def test_what_the_next_export_and_deploy_undo_is_told(
     export(run, before)
     deploy(tmp_path / "live", bundle=before)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    commands.catalogue_update(
+        pa.table({"item_id": [CHANGED, RETIRED], "retired": [True, True]}), repository=tmp_path / "live"
+    )
+    commands.catalogue_update(pa.table({"item_id": [RETIRED], "retired": [False]}), repository=tmp_path / "live")
+    assert "recommended again" not in caplog.text  # that is what was asked for
     deploy(tmp_path / "live", bundle=_of_integers(tmp_path))
     assert "item ids are of type int64, not string: clients connect again" in caplog.text
 

@@ -75,7 +75,7 @@ def replaced_by(repository: str | Path, version: int) -> int | None:
 
     Versions between the two were tried and left, or never served. Where nothing is noted, the newest below ``version``.
     """
-    replaced = replaced_versions(Path(repository)).get(str(version), version - 1)
+    replaced = min(replaced_versions(Path(repository)).get(str(version), version), version - 1)
     return max((number for number in versions_of(repository) if number <= replaced), default=None)
 
 

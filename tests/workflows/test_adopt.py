@@ -400,6 +400,18 @@ def test_users_are_told_apart_in_given_splits_and_keep_the_ids_of_a_named_column
         adopt(tutorial / "workflow", tmp_path / "none", user_column="visitor", **files)  # type: ignore[arg-type]
 
 
+def test_sessions_are_numbered_where_not_all_splits_have_the_same_key(tutorial: Path, tmp_path: Path) -> None:
+    """The numbers of the others would be the keys of some, and two users one."""
+    whole = pq.read_table(tutorial / "processed" / "part_0.parquet")
+    keyed = whole.set_column(whole.column_names.index("session_id"), "session_id", pa.array(range(len(whole))))
+    parts = {"valid": whole.slice(10, 10).drop_columns(["session_id"])}
+    parts |= {name: keyed.slice(start, 10) for name, start in (("train", 0), ("test", 20))}
+    report = adopt(tutorial / "workflow", tmp_path / "data", **_splits(tutorial, tmp_path, **parts))  # type: ignore[arg-type]
+    assert len(user_sessions(tmp_path / "data")[0]) == 30
+    told = [finding["message"] for finding in report["findings"] if finding["check"] == "numbered_sessions"]
+    assert [message.split(":")[0] for message in told[1:]] == ["'session_id' is not the key of all splits"] * 2
+
+
 def test_an_adopted_folder_is_extended_by_its_own_workflow(tutorial: Path, tmp_path: Path) -> None:
     adopt(tutorial / "workflow", tmp_path / "data", sessions=tutorial / "processed")
     _log().to_parquet(tmp_path / "events.parquet")

@@ -17,7 +17,7 @@ from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.nvt.workflows import session_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
-from missrec_t4r.io.arrow_files import is_list, one_array
+from missrec_t4r.io.arrow_files import is_list, one_array, with_column
 from missrec_t4r.schema import (
     FIRST_ITEM_ROW,
     ITEM_ID,
@@ -32,6 +32,10 @@ from missrec_t4r.schema import (
 
 _ABOVE = 3
 """Number of parent folders of the sessions that are searched for a schema.pbtxt."""
+_NO_KEY = (
+    "no column is tagged USER_ID or SESSION_ID, or called user_id or session_id: sessions are numbered; "
+    "--user-column names the column of their ids"
+)
 _SAME_FIT = ("sessions and vocabulary of the same fit", "name the workflow that wrote these sessions")
 
 
@@ -56,7 +60,8 @@ class Reader:
         self.rows, self.schema_file, self.findings, self.user_column = rows, schema, findings, user_column
         self._raw_names: dict[str, str] = {}  # our name -> name in the files, of all that was read
         self._schema: Schema | None = None
-        self._numbered = 0  # sessions without a key; those of another split get other numbers
+        self._numbered = 0  # sessions so far
+        self._keys: list[str | None] = []  # of every split that was read, in the files
 
     def read(self, paths: Paths) -> pa.Table:
         """Return the sessions as ``user_id``, ``item_id-list`` and further ``-list`` columns.
@@ -83,15 +88,8 @@ class Reader:
         message = f"columns {misaligned} have lists of other lengths than the items"
         self.findings.add("list_column_left_out", len(misaligned), message)
         self._raw_names |= names
-        users = {}
-        if USER_ID not in names:
-            users[USER_ID] = pa.array(np.arange(table.num_rows) + self._numbered)
-            self._numbered += table.num_rows
-            message = (
-                "no column is tagged USER_ID or SESSION_ID, or called user_id or session_id: sessions are numbered; "
-                "--user-column names the column of their ids"
-            )
-            self.findings.add("numbered_sessions", table.num_rows, message)
+        users = {} if USER_ID in names else {USER_ID: self._numbers(table.num_rows, _NO_KEY)}
+        self._keys.append(names.get(USER_ID))
         aligned = {name: column for name, column in columns.items() if name not in misaligned}
         return self._without_unknown(users | aligned, items, files[0])
 
@@ -113,7 +111,7 @@ class Reader:
                     "other files",
                     "name files in place of folders that hold several splits",
                 )
-        tables = {name: self.read(paths[name]) for name in SPLITS}
+        tables = self._with_keys_of_all({name: self.read(paths[name]) for name in SPLITS})
         shared = [name for name in tables["train"].column_names if all(name in t.column_names for t in tables.values())]
         partly = sorted({name for table in tables.values() for name in table.column_names} - set(shared))
         self.findings.add("list_column_left_out", len(partly), f"columns {partly} are not in all three splits")
@@ -121,6 +119,23 @@ class Reader:
             name: table.select(shared) if name == "train" else self._with_history(table.select(shared), name)
             for name, table in tables.items()
         }
+
+    def _with_keys_of_all(self, tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
+        """Number all sessions where the splits have other keys, or some none: equal ones are not one user's."""
+        if len({*self._keys}) == 1:
+            return tables
+        del self._raw_names[USER_ID]
+        for (name, table), key in zip([*tables.items()], self._keys, strict=True):
+            if key is not None:
+                numbers = self._numbers(table.num_rows, f"{key!r} is not the key of all splits: sessions are numbered")
+                tables[name] = with_column(table, USER_ID, numbers)
+        return tables
+
+    def _numbers(self, count: int, message: str) -> pa.Array:
+        """Return a number per session; sessions of another split get other ones."""
+        self.findings.add("numbered_sessions", count, message)
+        self._numbered += count
+        return pa.array(np.arange(self._numbered - count, self._numbered))
 
     def _with_history(self, table: pa.Table, split: str) -> pa.Table:
         """Leave out sessions of one item: it is the target, and nothing precedes it."""

@@ -66,6 +66,18 @@ def test_what_spark_and_merlin_write_beside_tables_is_not_read_as_one(tmp_path: 
     assert items_of(tmp_path / "data", "test") == items_of(tmp_path / "expected", "test")
 
 
+def test_a_table_that_is_left_out_by_its_name_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    events, items = write(tmp_path / "raw")
+    (folder := tmp_path / "events").mkdir()
+    (folder / "_metadata.json").write_text('{"data_paths": []}')
+    (folder / "_jan.parquet").write_bytes(events.read_bytes())
+    with pytest.raises(DataError, match="no interactions file at .*; expected: a parquet") as refused:
+        etl(folder, items, tmp_path / "data")
+    assert "subfolders" not in str(refused.value)
+    assert "left out by its name: _jan.parquet; the pattern" in caplog.text
+    etl(caplog.text.split("the pattern '")[1].split("'")[0], items, tmp_path / "data")
+
+
 def test_a_folder_of_folders_is_refused_with_the_pattern_that_reads_it(tmp_path: Path) -> None:
     events, items = write(tmp_path / "raw")
     (day := tmp_path / "events" / "day=1").mkdir(parents=True)

@@ -33,6 +33,8 @@ Paths = Path | str | Sequence[Path | str]
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _KNOWN = PARQUET_SUFFIXES + _CSV + JSON_LINES
+_OF_MERLIN = "_metadata.json"
+"""The file beside the tables of a data set that has the suffix of one."""
 
 
 def read_table(
@@ -113,9 +115,7 @@ def expand(paths: Paths, what: str) -> list[Path]:
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not matches:
-            deeper = (
-                next((file for file in path.rglob("*") if file.name.endswith(_KNOWN)), None) if path.is_dir() else None
-            )
+            deeper = next(_tables(path.rglob("*")), None) if path.is_dir() else None
             cure = f"pass the pattern '{path}/**/*{deeper.suffix}'" if deeper else "check the path or the pattern"
             place = f"in {path} itself, whose subfolders hold some" if deeper else f"at {path}"
             raise DataError(f"no {what} file {place}", "a parquet, csv or json-lines file", cure)
@@ -131,10 +131,18 @@ def expand(paths: Paths, what: str) -> list[Path]:
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """Return the tables in a folder; ``_metadata`` and the like are what Spark and Merlin write about them."""
-    return sorted(
-        file for file in path.iterdir() if file.name.endswith(_KNOWN) and not file.name.startswith(("_", "."))
-    )
+    """Return the tables in a folder, and say which files beside them could be some by their names."""
+    files = sorted(_tables(path.iterdir()))
+    hidden = sorted(file for file in path.glob("_*") if file.name.endswith(_KNOWN) and file.name != _OF_MERLIN)
+    if hidden:
+        names = ", ".join(file.name for file in hidden[:3]) + (", …" if hidden[3:] else "")
+        log.warning(f"left out by its name: {names}; the pattern '{path}/*{hidden[0].suffix}' reads such files too")
+    return files
+
+
+def _tables(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield tables; ``_metadata`` and the like are what Spark and Merlin write about them."""
+    return (file for file in files if file.name.endswith(_KNOWN) and not file.name.startswith(("_", ".")))
 
 
 @contextmanager

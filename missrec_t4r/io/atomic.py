@@ -134,7 +134,7 @@ def _watch(folder: Path) -> Iterator[Callable[[], bool]]:
     The folder is kept open meanwhile, so that the system does not give its inode number to a new one.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))  # it may be a folder to enter, not to list
     except FileNotFoundError:
         yield lambda: not folder.exists()
         return

@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
+from missrec_t4r.data.session_files import read_rows
 from missrec_t4r.errors import DataError, MISSRecError, SchemaError
 from missrec_t4r.etl.arrow_columns import normal_time
 from missrec_t4r.etl.features.pipeline import features
@@ -374,6 +375,15 @@ def test_a_folder_of_somebody_else_is_named_and_stays_as_it_is(locked: Path) -> 
             with pytest.raises(DataError, match="cannot be written .*Permission denied"):
                 attempt()
     assert _files(locked) == before
+
+
+def test_sessions_are_read_in_a_folder_that_may_be_entered_and_not_listed(locked: Path) -> None:
+    (locked / "train").mkdir()
+    pq.write_table(pa.table({"item_id-list": [[3, 4]]}), locked / "train" / "part_0.parquet")
+    locked.chmod(0o311)
+    with nobody(locked / "train"):
+        assert read_rows(locked / "train", ["item_id-list"]).num_rows == 1
+    locked.chmod(0o755)
 
 
 def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:

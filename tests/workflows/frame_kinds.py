@@ -41,6 +41,10 @@ class PandasFiles(PandasFrames):
     free = 1 << 40
     """Bytes that it says to have."""
 
+    def __init__(self) -> None:
+        if pd.__version__.startswith("1."):
+            pytest.skip("pandas 1 has nanoseconds alone, cuDF the units of the file")
+
     def read_parquet(
         self, files: Sequence[Path], columns: Sequence[str], row_groups: Sequence[int] | None = None
     ) -> pd.DataFrame:

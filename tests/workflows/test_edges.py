@@ -88,6 +88,7 @@ def test_numbers_too_large_for_a_float32_are_counted_and_0(tmp_path: Path, engin
     assert found["count"] == 3
 
 
+@pytest.mark.skipif(int(pa.__version__.partition(".")[0]) < 15, reason="pyarrow 14 writes no parquet of 16 bits")
 def test_numbers_of_16_bits_are_read(tmp_path: Path, engine: Engine) -> None:
     data = built(tmp_path, engine, PLAIN.assign(dwell=np.arange(9, dtype=np.float16)))
     assert rows(data, "train")["ann"]["dwell"] == [0.0, 2.0]

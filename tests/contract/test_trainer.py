@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers4rec.torch as tr
+from accelerate.state import AcceleratorState
 from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 from transformers4rec.config.trainer import T4RecTrainingArguments
 
@@ -110,6 +111,16 @@ def test_a_saved_model_scores_bit_for_bit(data: Path, tmp_path: Path, loader: Ca
     assert grown < 1000, "a saved model must not carry its last step"
 
 
+@pytest.fixture
+def own_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers and accelerate keep the precision of a training for all later ones of the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("own_precision")
 def test_after_bf16_a_model_is_unwrapped_before_it_is_saved(
     data: Path, tmp_path: Path, loader: Callable[..., Any]
 ) -> None:

@@ -42,12 +42,12 @@ def warn_of_lost_updates(old: Path, new: Path) -> None:
         log.warning(f"item ids are of type {new_ids.type}, not {old_ids.type}: clients connect again, and send these")
         return
     added = pc.and_not(pc.equal(before[TRAIN_COUNT], 0), pc.is_in(old_ids, value_set=new_ids))
-    if ids := old_ids.filter(added).to_pylist():
+    if ids := old_ids.filter(one_array(added)).to_pylist():
         log.warning(f"no longer in the catalogue, without events in training: {_named(ids)}; {_CURE}")
     if RETIRED in after.column_names:  # a row that says false is what somebody wants
         new_ids = new_ids.filter(pc.is_null(one_array(after[RETIRED])))
     back = pc.and_(_retired(before), pc.is_in(old_ids, value_set=new_ids))
-    if ids := old_ids.filter(back).to_pylist():
+    if ids := old_ids.filter(one_array(back)).to_pylist():
         log.warning(f"retired in the bundle that is replaced, and recommended again: {_named(ids)}; {_CURE}")
 
 

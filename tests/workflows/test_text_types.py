@@ -26,12 +26,21 @@ KINDS = {
 }
 
 
+def _as_kind(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Cast texts; to a dictionary without a cast, which pyarrow 14 lacks."""
+    if not pa.types.is_dictionary(kind):
+        return column.cast(kind)
+    return column.cast(kind.value_type).dictionary_encode()
+
+
 def _written(folder: Path, kind: pa.DataType, events: pd.DataFrame = ODD) -> tuple[Path, Path]:
     folder.mkdir()
     for name, frame in (("events", events), ("items", ITEMS)):
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        fields = [field.with_type(kind) if field.type == pa.string() else field for field in table.schema]
-        pq.write_table(table.cast(pa.schema(fields)), folder / f"{name}.parquet")
+        for at, field in enumerate(table.schema):
+            if field.type == pa.string():
+                table = table.set_column(at, field.name, _as_kind(table[at], kind))
+        pq.write_table(table, folder / f"{name}.parquet")
     return folder / "events.parquet", folder / "items.parquet"
 
 

@@ -24,10 +24,11 @@ from missrec_t4r.cli import app
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import event_columns, fit_event_columns, load_sessions
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.data.user_sessions import user_sessions
+from missrec_t4r.data.user_sessions import user_sessions, whole_sessions
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.nvt.adopt import adopt
+from missrec_t4r.serving.batch.parquet_io import session_file_of
 from missrec_t4r.t4r.columns import as_core_schema
 from tests.workflows.tables import save_vectors
 
@@ -410,6 +411,57 @@ def test_sessions_are_numbered_where_not_all_splits_have_the_same_key(tutorial: 
     assert len(user_sessions(tmp_path / "data")[0]) == 30
     told = [finding["message"] for finding in report["findings"] if finding["check"] == "numbered_sessions"]
     assert [message.split(":")[0] for message in told[1:]] == ["'session_id' is not the key of all splits"] * 2
+
+
+def _daily(tutorial: Path, file: Path, rows: list[tuple[str, int, list[int]]], days: bool = True) -> Path:
+    """Write rows of users: of a day each, as a Groupby on both gives them."""
+    users, day, items = map(list, zip(*rows, strict=True))
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(tutorial / "processed" / "schema.pbtxt", file.parent)
+    columns = {"user_id": users, "item_id-list": pa.array(items, pa.list_(pa.int64()))}
+    pq.write_table(pa.table(columns | ({"day-first": day} if days else {})), file)
+    return file
+
+
+def _scored(data: Path) -> dict[str, list[int]]:
+    """Return the rows of the items that `missrec score --data` asks for, by user."""
+    ids = Catalogue.load(data / "catalogue").items["item_id"].to_pylist()
+    with session_file_of(data) as file:
+        table = pq.read_table(file)
+    return {
+        user: [3 + ids.index(item) for item in items] for user, items in zip(*table.to_pydict().values(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("days", [True, False])
+def test_no_day_of_a_user_is_lost_or_counted_twice(days: bool, tutorial: Path, tmp_path: Path) -> None:
+    """`missrec score --data` asks for all events of a user, and `missrec export --recount` counts them once."""
+    rows = [("ann", 2, [5, 6, 7]), ("bob", 1, [8, 9, 10, 11]), ("ann", 1, [12, 13, 14, 15]), ("ann", 3, [5])]
+    sessions = _daily(tutorial, tmp_path / "days" / "all.parquet", rows, days)
+    report = adopt(tutorial / "workflow", tmp_path / "data", sessions=sessions)
+    ann = [12, 13, 14, 15, 5, 6, 7, 5] if days else [5, 6, 7, 12, 13, 14, 15, 5]
+    assert _scored(tmp_path / "data") == {"ann": ann, "bob": [8, 9, 10, 11]}
+    assert sorted(map(list, whole_sessions(tmp_path / "data"))) == sorted(items for _, _, items in rows)
+    (finding,) = report["findings"]
+    assert (finding["check"], finding["count"]) == ("users_with_several_sessions", 1)
+    assert ("timestamp-first" in finding["message"]) is not days
+
+
+def test_days_of_given_splits_are_joined_whatever_the_splits_have_in_common(tutorial: Path, tmp_path: Path) -> None:
+    """Rows of other days, the same row in two splits, as in T4R's day folders, and beginnings of one."""
+    train = [("ann", 1, [5, 6]), ("ann", 2, [5, 7, 8]), ("bob", 1, [9, 10, 11]), ("cat", 1, [12, 13])]
+    splits = {
+        "train": train,
+        "valid": [("ann", 2, [5, 7, 8]), ("bob", 1, [9, 10, 11, 12]), ("cat", 2, [14, 15])],
+        "test": [("ann", 3, [16, 17]), ("bob", 1, [9, 10, 11, 12, 13]), ("cat", 2, [14, 15, 16])],
+    }
+    files = {name: _daily(tutorial, tmp_path / "days" / f"{name}.parquet", rows) for name, rows in splits.items()}
+    adopt(tutorial / "workflow", tmp_path / "data", **files)  # type: ignore[arg-type]
+    whole = {"ann": [5, 6, 5, 7, 8, 16, 17], "bob": [9, 10, 11, 12, 13], "cat": [12, 13, 14, 15, 16]}
+    assert _scored(tmp_path / "data") == whole
+    counted = whole_sessions(tmp_path / "data")
+    assert sorted(counted.values.tolist()) == sorted(row for items in whole.values() for row in items)
+    assert [row.tolist() for row in Sessions.load(tmp_path / "data" / "train")] == [items for _, _, items in train]
 
 
 def test_an_adopted_folder_is_extended_by_its_own_workflow(tutorial: Path, tmp_path: Path) -> None:

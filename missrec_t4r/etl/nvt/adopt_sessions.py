@@ -14,6 +14,7 @@ from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
 
 from missrec_t4r.data.session_files import take_events
 from missrec_t4r.errors import DataError, SchemaError
+from missrec_t4r.etl.nvt.adopt_users import BEGIN, begins, number_sessions
 from missrec_t4r.etl.nvt.workflows import session_schema
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, read_table
@@ -66,6 +67,8 @@ class Reader:
     def read(self, paths: Paths) -> pa.Table:
         """Return the sessions as ``user_id``, ``item_id-list`` and further ``-list`` columns.
 
+        Beside them ``session_id`` where a user has several sessions (`number_sessions`).
+
         Raises
         ------
         SchemaError
@@ -73,6 +76,9 @@ class Reader:
         DataError
             The sessions have item rows outside the vocabulary, or no known item.
         """
+        return number_sessions({"": self._read(paths)}, self.findings)[""]
+
+    def _read(self, paths: Paths) -> pa.Table:
         files = expand(paths, "sessions")
         table = read_table(files, "sessions")
         if self._schema is None:
@@ -89,6 +95,7 @@ class Reader:
         self.findings.add("list_column_left_out", len(misaligned), message)
         self._raw_names |= names
         users = {} if USER_ID in names else {USER_ID: self._numbers(table.num_rows, _NO_KEY)}
+        users[BEGIN] = begins(table, self._schema)
         self._keys.append(names.get(USER_ID))
         aligned = {name: column for name, column in columns.items() if name not in misaligned}
         return self._without_unknown(users | aligned, items, files[0])
@@ -111,14 +118,13 @@ class Reader:
                     "other files",
                     "name files in place of folders that hold several splits",
                 )
-        tables = self._with_keys_of_all({name: self.read(paths[name]) for name in SPLITS})
+        tables = self._with_keys_of_all({name: self._read(paths[name]) for name in SPLITS})
         shared = [name for name in tables["train"].column_names if all(name in t.column_names for t in tables.values())]
         partly = sorted({name for table in tables.values() for name in table.column_names} - set(shared))
         self.findings.add("list_column_left_out", len(partly), f"columns {partly} are not in all three splits")
-        return {
-            name: table.select(shared) if name == "train" else self._with_history(table.select(shared), name)
-            for name, table in tables.items()
-        }
+        tables = {name: table.select(shared) for name, table in tables.items()}
+        tables |= {name: self._with_history(tables[name], name) for name in SPLITS[1:]}
+        return number_sessions(tables, self.findings)
 
     def _with_keys_of_all(self, tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
         """Number all sessions where the splits have other keys, or some none: equal ones are not one user's."""

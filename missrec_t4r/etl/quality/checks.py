@@ -53,7 +53,7 @@ CHECKS = frozenset(
     duplicate_events duplicate_items very_long_users orphan_events orphan_items no_item_matches ids_as_text not_utf8
     number_as_text event_type_absent event_column_left_out column_name_taken row_index changed_items vectors_kept
     list_column_left_out sessions_of_one_item empty_sessions unknown_events items_without_line new_items
-    numbered_sessions categories_as_codes
+    numbered_sessions users_with_several_sessions categories_as_codes
     """.split()
 )
 """Names of the findings of a data folder, those that a quality gate may bound."""

@@ -56,8 +56,10 @@ class ReportData:
         findings: dict[str, int] = {}
         for finding in written.get("findings", []):  # of several columns with one check the largest count
             findings[finding["check"]] = max(findings.get(finding["check"], 0), int(finding["count"]))
-        sessions = longest_rows([keyed_sessions(split, [TIMESTAMP]) for split in splits])
-        events, users = int(written.get("events", len(sessions.values))), int(written.get("users", len(sessions)))
+        rows = [keyed_sessions(split, [TIMESTAMP]) for split in splits]
+        sessions = longest_rows(rows)
+        n_users = len({key[0] for _, keys in rows for key in keys})
+        events, users = int(written.get("events", len(sessions.values))), int(written.get("users", n_users))
         raw_events = int(written.get("events_read", 0)) or events
         return cls(sessions, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
 

@@ -73,6 +73,14 @@ def _converted(frame: Frame, name: str) -> pa.Table:
         ) from error
 
 
+def index_hint(frame: Frame, wanted: str) -> str:
+    """Return how the index of a frame of pandas, named or not, becomes the column ``wanted``."""
+    names = [repr(name) for name in getattr(getattr(frame, "index", None), "names", ()) if name is not None]
+    if names:
+        return f"its index {', '.join(names)} becomes a column with reset_index()"
+    return f"an index becomes a column with rename_axis({wanted!r}).reset_index()"
+
+
 def _refuse_repeated(columns: Iterable[str], name: str) -> None:
     if repeated := [column for column, count in Counter(columns).items() if count > 1]:
         raise DataError(

@@ -26,7 +26,7 @@ from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.evaluation import Evaluation
 from missrec_t4r.recommender.folders import BUNDLE, MODELS, RUN, describe, shown
-from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, plain
+from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, index_hint, plain
 from missrec_t4r.recommender.shop import Shop, command_line, temporary_folder
 from missrec_t4r.runs.run_folder import RUN_FILE
 from missrec_t4r.schema import ITEM_ID
@@ -261,7 +261,7 @@ class Recommender:
         column = next((name for name in names if name in table.column_names), None)
         if column is None:
             found = f"items with columns {', '.join(table.column_names)}"
-            raise SchemaError(found, f"a column {names[0]!r} of item ids")
+            raise SchemaError(found, f"a column {names[0]!r} of item ids", index_hint(items, names[0]))
         given = {"modality": arrays_of(vectors), "item_column": column}
         with reporting(messages=False):
             changed: dict[str, Any] = commands.catalogue_update(plain(table), bundle=bundle, data=shop.data, **given)

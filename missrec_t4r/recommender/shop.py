@@ -31,7 +31,7 @@ from missrec_t4r.etl.quality.number_texts import read_numbers
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.progress import reporting
 from missrec_t4r.recommender.folders import COLUMNS_FILE, DATA, describe, shown
-from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, write_parquet
+from missrec_t4r.recommender.frames import Frame, arrays_of, arrow_table, index_hint, write_parquet
 from missrec_t4r.schema import CATALOGUE_FOLDER, ITEM_ID, TIMESTAMP, USER_ID
 
 _EVENTS_FILE, _ITEMS_FILE = "events.parquet", "items.parquet"
@@ -115,10 +115,14 @@ class Shop:
         refuse_unknown(etl, list(inspect.signature(commands.etl).parameters), "setting etl.")
         text, words = ([names] if isinstance(names, str) else list(names) for names in (text, words))
         arrays = arrays_of(vectors)
-        tables = {_EVENTS_FILE: _require(arrow_table(events, "events", (user, item)), (user, item, time), "events")}
+        event_table = arrow_table(events, "events", (user, item))
+        tables = {_EVENTS_FILE: _require(event_table, (user, item, time), "events", events)}
         if items is not None:
-            item_table = arrow_table(items, "items", (item, ITEM_ID))
-            tables[_ITEMS_FILE] = _require(item_table, text + words + ([image] if image else []), "items")
+            own = etl.get("catalogue_item_column") or item
+            item_table = arrow_table(items, "items", (own, ITEM_ID))
+            ids = [] if ITEM_ID in item_table.column_names else [own]
+            needed = ids + text + words + ([image] if image else [])
+            tables[_ITEMS_FILE] = _require(item_table, needed, "items", items)
         elif text or words or image or arrays:
             raise ConfigError(
                 "text, words, image or vectors without an item table",
@@ -322,12 +326,13 @@ def _refuse_tables_of_others(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _require(table: pa.Table, columns: Sequence[str], name: str) -> pa.Table:
+def _require(table: pa.Table, columns: Sequence[str], name: str, frame: Frame) -> pa.Table:
+    """Return the table of a frame; refuse it without one of ``columns``."""
     if missing := [column for column in columns if column not in table.column_names]:
         raise SchemaError(
             f"{name} without {', '.join(missing)}",
             f"columns of the table: {', '.join(table.column_names)}",
             "name yours: Shop.from_frames(..., user=, item=, time=, text=, words=, image=); "
-            "an index becomes a column with reset_index()",
+            + index_hint(frame, missing[0]),
         )
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.dataframe import adapter_of
+from missrec_t4r.io.input_files import files_of
 from missrec_t4r.schema import NULL_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, item_column
 
@@ -83,7 +83,7 @@ def _sources(path: Path) -> list[Path]:
     if path.is_dir():
         return [path] if row_files(path) else []
     if any(sign in str(path) for sign in "*?["):
-        return sorted(map(Path, glob.glob(str(path))))
+        return files_of(str(path), (".parquet",))
     if not path.is_file():
         raise DataError(f"{path} does not exist", "a parquet file or a folder of them", "check the path")
     return [path]

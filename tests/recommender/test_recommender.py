@@ -328,6 +328,11 @@ def test_frames_that_cannot_be_right_are_refused_in_words(tables: Any) -> None:
         mr.Shop.from_frames(events, items, **NAMES, words="marke")
     with pytest.raises(SchemaError, match=r"events without kunde.*reset_index"):
         mr.Shop.from_frames(events.set_index("kunde"), items, **NAMES)
+    indexed = items.set_index("artikel")
+    with pytest.raises(SchemaError, match=r"items without artikel; .*its index 'artikel' becomes a column with"):
+        mr.Shop.from_frames(events, indexed, **NAMES, text="title")
+    with pytest.raises(SchemaError, match=r"items without artikel; .*with rename_axis\('artikel'\).reset_index\(\)"):
+        mr.Shop.from_frames(events, indexed.rename_axis(None), **NAMES, text="title")
     vectors = torch.eye(N_ITEMS, 2, dtype=torch.bfloat16, requires_grad=True)
     for wrong, words in (
         (vectors, "vectors of type Tensor; expected: a mapping of modalities to arrays"),

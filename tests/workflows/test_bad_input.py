@@ -215,6 +215,17 @@ def test_a_row_index_that_is_asked_for_is_read(tmp_path: Path, engine: str) -> N
 
 
 @pytest.mark.parametrize("engine", ["memory", "disk"])
+def test_item_ids_that_are_the_row_index_of_a_file_are_found_by_the_hint(tmp_path: Path, engine: str) -> None:
+    interactions, items = write(tmp_path / "raw")
+    ITEMS.set_index("item_id").rename_axis(None).to_parquet(items)
+    options: dict[str, Any] = {"engine": engine}
+    with pytest.raises(SchemaError, match="--catalogue-item-column __index_level_0__, the index that pandas wrote"):
+        etl(interactions, items, tmp_path / "data", **options)
+    options["catalogue_item_column"] = "__index_level_0__"
+    assert etl(interactions, items, tmp_path / "data", **options)["items"] == len(ITEMS)
+
+
+@pytest.mark.parametrize("engine", ["memory", "disk"])
 def test_a_row_index_of_a_csv_file_that_is_asked_for_is_read(tmp_path: Path, engine: str) -> None:
     _, items = write(tmp_path / "raw")
     EVENTS.rename(columns={"timestamp": "Unnamed: 0"}).to_csv(tmp_path / "events.csv")

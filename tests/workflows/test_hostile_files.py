@@ -28,7 +28,7 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.report import report
 from missrec_t4r.etl.sources.json_lines import read_all
 from missrec_t4r.etl.sources.synthetic.shop import generate_shop
-from missrec_t4r.etl.sources.table import read_table
+from missrec_t4r.etl.sources.table import expand, read_table
 from missrec_t4r.io.atomic import atomic_write_dir, atomic_write_file, translate_disk_errors
 from missrec_t4r.runs.run_folder import require_run_folder
 from tests import processes
@@ -75,8 +75,43 @@ def test_a_table_that_is_left_out_by_its_name_is_named(tmp_path: Path, caplog: p
     with pytest.raises(DataError, match="no interactions file at .*; expected: a parquet") as refused:
         etl(folder, items, tmp_path / "data")
     assert "subfolders" not in str(refused.value)
-    assert "left out by its name: _jan.parquet; the pattern" in caplog.text
-    etl(caplog.text.split("the pattern '")[1].split("'")[0], items, tmp_path / "data")
+    assert "left out by its name: _jan.parquet; name it to read it, as in '" in caplog.text
+    etl(caplog.text.split("as in '")[1].split("'")[0], items, tmp_path / "data")
+
+
+@pytest.mark.parametrize("source", ["events", "events/*", "events/**/*.parquet", "*/*"])
+def test_a_pattern_leaves_out_what_spark_and_notebooks_keep_beside_tables(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events, items = write(tmp_path / "raw")
+    (folder := tmp_path / "shop" / "events").mkdir(parents=True)
+    events.rename(folder / "part-0.parquet")
+    others = ("_temporary/0/part-0.parquet", ".ipynb_checkpoints/part-0.parquet", "_SUCCESS", "_metadata")
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes((folder / "part-0.parquet").read_bytes())
+    found = etl(tmp_path / "shop" / source, items, tmp_path / "data")
+    assert found["events"] == len(EVENTS)
+    assert ("left out by its name: _temporary; name it" in caplog.text) is ("**" in source)
+    assert expand(tmp_path / "shop" / "events" / "_*" / "**" / "*.parquet", "events") == [folder / others[0]]
+
+
+@pytest.mark.parametrize("source", ["", "*.parquet", "**/*.parquet", "../*/*.parquet"])
+@pytest.mark.parametrize("partition", [".", "day=1"])
+def test_a_delta_table_is_refused_with_what_writes_its_rows(source: str, partition: str, tmp_path: Path) -> None:
+    """The files that an update or delete has replaced are still in the folder: their events would count again."""
+    events, items = write(tmp_path / "raw")
+    (table := tmp_path / "events" / "table" / "_delta_log").mkdir(parents=True)
+    folder = table.parent / partition
+    folder.mkdir(exist_ok=True)
+    for name in ("part-0.parquet", "part-1.parquet"):
+        (folder / name).write_bytes(events.read_bytes())
+    (table / "00000000000000000010.checkpoint.parquet").write_bytes(events.read_bytes())
+    words = r"table is a Delta Lake table: .*deltalake.DeltaTable\('.*table'\).*spark.read.format\('delta'\)"
+    if partition == "." or source in ("", "**/*.parquet"):
+        with pytest.raises(DataError, match=words):
+            etl(table.parent / source, items, tmp_path / "data")
+    assert etl(folder / "part-0.parquet", items, tmp_path / "data")["events"] == len(EVENTS)
 
 
 def test_a_folder_of_folders_is_refused_with_the_pattern_that_reads_it(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 Accepts one file, several, glob patterns (``**`` too), or a folder; csv and JSON lines may be compressed. Ids in csv and
 JSON are read as text, so that "00123" keeps its zeros and ids of mixed types get one type; if files disagree about an
-id's type, it becomes text. Texts that are not UTF-8 are repaired in the item table and refused in ids.
+id's type, it becomes text. Texts that are not UTF-8 are repaired in the item table and refused in ids. Of a folder or
+pattern, files and folders whose names begin with ``_`` or ``.`` are left out, as Spark, Arrow and Dask leave them out.
 """
 
 from __future__ import annotations
 
 import difflib
-import glob
 import logging
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +25,7 @@ from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.etl.sources.json_lines import JSON_LINES, read_all
 from missrec_t4r.io.arrow_files import with_column
+from missrec_t4r.io.input_files import files_in, files_of, is_hidden
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ Paths = Path | str | Sequence[Path | str]
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _KNOWN = PARQUET_SUFFIXES + _CSV + JSON_LINES
-_OF_MERLIN = "_metadata.json"
-"""The file beside the tables of a data set that has the suffix of one."""
 
 
 def read_table(
@@ -56,7 +55,8 @@ def read_table(
     text_columns : sequence of str
         Columns that are read as text from csv and JSON.
     needed : iterable of str, optional
-        Columns to keep even if they look like a row index of pandas, as ``text_columns`` are; None keeps all.
+        Columns to keep even if they look like a row index of pandas, as ``text_columns`` are; None keeps all, and all
+        are kept where no text column is there: the index may hold the ids, which `require_column` says.
     findings : Findings, optional
         Receives repaired texts and dropped row indexes.
 
@@ -71,7 +71,8 @@ def read_table(
     tables = [_read_file(file, what, text_columns) for file in files]
     if needed is not None:
         names = sorted({name for table in tables for name in table.column_names})
-        unwanted = checks.row_indexes(names, [*text_columns, *needed], findings)
+        has_ids = not text_columns or not {*text_columns}.isdisjoint(names)
+        unwanted = checks.row_indexes(names, [*text_columns, *needed], findings) if has_ids else []
         tables = [table.drop_columns([name for name in unwanted if name in table.column_names]) for table in tables]
     with same_columns(files, [table.column_names for table in tables], what):
         table = pa.concat_tables(_one_type(tables, text_columns), promote_options="permissive")
@@ -104,18 +105,23 @@ def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]], what: 
 
 
 def expand(paths: Paths, what: str) -> list[Path]:
-    """Return the files behind paths, patterns and folders, each once: a file named twice has no event twice."""
+    """Return the files behind paths, patterns and folders, each once: a file named twice has no event twice.
+
+    Raises
+    ------
+    DataError
+        No file, or a pattern or folder of a Delta Lake table.
+    """
     sources = [paths] if isinstance(paths, str | Path) else list(paths)
     files: list[Path] = []
     for path in map(Path, sources):
         if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = _in_folder(path)
-        else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            files.append(path)
+            continue
+        matches = files_in(path, _KNOWN) if path.is_dir() else files_of(str(path), _KNOWN)
         if not matches:
-            deeper = next(_tables(path.rglob("*")), None) if path.is_dir() else None
+            tables = (file for file in path.rglob("*") if file.name.endswith(_KNOWN))
+            deeper = next((file for file in tables if not is_hidden(file.relative_to(path))), None)
             cure = f"pass the pattern '{path}/**/*{deeper.suffix}'" if deeper else "check the path or the pattern"
             place = f"in {path} itself, whose subfolders hold some" if deeper else f"at {path}"
             raise DataError(f"no {what} file {place}", "a parquet, csv or json-lines file", cure)
@@ -128,21 +134,6 @@ def expand(paths: Paths, what: str) -> list[Path]:
     if repeated := len(files) - len(once):
         log.warning(f"{repeated} of the {what} files are named twice; each is read once")
     return list(once.values())
-
-
-def _in_folder(path: Path) -> list[Path]:
-    """Return the tables in a folder, and say which files beside them could be some by their names."""
-    files = sorted(_tables(path.iterdir()))
-    hidden = sorted(file for file in path.glob("_*") if file.name.endswith(_KNOWN) and file.name != _OF_MERLIN)
-    if hidden:
-        names = ", ".join(file.name for file in hidden[:3]) + (", …" if hidden[3:] else "")
-        log.warning(f"left out by its name: {names}; the pattern '{path}/*{hidden[0].suffix}' reads such files too")
-    return files
-
-
-def _tables(files: Iterable[Path]) -> Iterator[Path]:
-    """Yield tables; ``_metadata`` and the like are what Spark and Merlin write about them."""
-    return (file for file in files if file.name.endswith(_KNOWN) and not file.name.startswith(("_", ".")))
 
 
 @contextmanager
@@ -210,7 +201,9 @@ def require_distinct(file: Path, columns: Sequence[str]) -> None:
 def _require(columns: Sequence[str], name: str, what: str, option: str) -> None:
     if name not in columns:
         near = difflib.get_close_matches(name, columns, 1)
-        hint = f", for example {option} {shlex.quote(near[0])}" if near else ""
+        index = checks.row_indexes(columns, (), Findings())
+        hint = f", for example {option} {shlex.quote((near or index)[0])}" if near or index else ""
+        hint += ", the index that pandas wrote" if index and not near else ""
         raise SchemaError(
             f"{what} has columns {list(columns)}", f"a column {name!r}", f"name yours with {option}{hint}"
         )

@@ -19,6 +19,7 @@ from missrec_t4r.data.user_sessions import user_sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.io.arrow_files import is_list
 from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.input_files import files_in
 from missrec_t4r.progress import track
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, ITEM_ID, LIST_SUFFIX, USER_ID
 from missrec_t4r.serving.event_features import SessionEventFeatures
@@ -83,7 +84,7 @@ class SessionFiles:
         written: Sequence[str] = (),
     ) -> None:
         path = Path(path)
-        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        self.files = files_in(path, (".parquet",)) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
             found = f"{path} {'holds no parquet' if path.exists() else 'does not exist'}"
             raise DataError(found, "a parquet file, or a folder of them", "check --sessions")

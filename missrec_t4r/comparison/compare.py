@@ -350,10 +350,14 @@ def _difference(first: Ints, second: Ints, users: Ints | None, mask: Bools) -> d
 
 
 def _values(columns: Sequence[str], targets: Ints, catalogue: Catalogue) -> dict[str, Bools]:
-    """Return a mask per frequent value of a catalogue column, of the target; `MISSING` where it has none."""
+    """Return a mask per frequent value of a catalogue column, of the target; `MISSING` where it has none.
+
+    A value that is called so itself stands in quotes.
+    """
     masks: dict[str, Bools] = {}
     for column in columns:
-        texts = [MISSING if value is None else str(value) for value in catalogue.items[column].to_pylist()]
+        items = catalogue.items[column].to_pylist()
+        texts = [MISSING if value is None else repr(value) if value == MISSING else str(value) for value in items]
         values = np.array([None] * FIRST_ITEM_ROW + texts, object)  # as text every one would take the longest's room
         of_target = values[targets]
         frequent = Counter(sorted(of_target[targets >= FIRST_ITEM_ROW].tolist())).most_common(MOST_VALUES)

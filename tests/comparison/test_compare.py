@@ -338,13 +338,13 @@ def test_a_slice_column_with_one_long_text_takes_no_room_for_every_item(data: Pa
 
 def test_targets_without_a_value_in_a_slice_column_are_a_slice_of_their_own(data: Path) -> None:
     catalogue = Catalogue.load(data / "catalogue")
-    brands = pa.array(["x", None, "", None, "x", ""])
+    brands = pa.array(["x", None, "", "missing", "x", ""])
     Catalogue(catalogue.items.append_column("brand", brands), catalogue.modalities).save(data / "catalogue")
     shop.write_split(data / "test", [*SPLITS["test"], [3, 2]], users="u")  # the last target is in no catalogue
     slices = mr.compare(["popularity", "item_knn"], data=data, slice_columns=["brand"])["slices"]
     assert slices["all"]["n"] == 6
     counts = {name: part["n"] for name, part in slices.items() if "=" in name}
-    assert counts == {"brand=": 1, "brand=missing": 2, "brand=x": 2}
+    assert counts == {"brand=": 1, "brand=missing": 1, "brand='missing'": 1, "brand=x": 2}
 
 
 def test_systems_without_a_common_protocol_are_refused(data: Path) -> None:

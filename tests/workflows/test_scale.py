@@ -213,7 +213,9 @@ def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool
         time.sleep(0.05)
     if not answers:
         os.kill(int((tmp_path / "seen").read_text()), signal.SIGSTOP)
-    os.killpg(run.pid, signal.SIGINT)
+    for _ in range(3):  # a key that is held down
+        os.killpg(run.pid, signal.SIGINT)
+        time.sleep(0.05)
     assert run.communicate(timeout=60)[1] == "interrupted\n"
     deadline = time.monotonic() + 30  # Python's own tracker of resources ends after them
     with suppress(ProcessLookupError):

@@ -10,6 +10,8 @@ import importlib
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -136,6 +138,7 @@ def open_executor(scheduler: str = "threads", workers: int | None = None, *, gpu
         options: dict[str, Any] = {"threads_per_worker": 1, "dashboard_address": None, "scheduler_port": 0}
         with ExitStack() as stack:
             stack.callback(_hush, logging.getLogger("distributed").level)  # back to what it was
+            stack.enter_context(_interrupted_once())
             try:
                 with _not_interrupted():
                     cluster = _cuda_cluster(workers, **options) if gpu else LocalCluster(count, **options)
@@ -165,6 +168,30 @@ def _not_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Take Ctrl-C that is pressed again within `_HUSH_TIMEOUT` for the same one: processes are being stopped by then.
+
+    Pressed later it ends that as well, with Dask's traceback.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[float] = []
+
+    def interrupt(*_: object) -> None:
+        pressed.append(time.monotonic())
+        if len(pressed) == 1 or pressed[-1] - pressed[0] > _HUSH_TIMEOUT:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _hush(level: int = logging.CRITICAL) -> None:

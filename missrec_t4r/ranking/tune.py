@@ -11,6 +11,7 @@ seen items kept or excluded; `missrec_t4r.ranking.protocols` does so for each pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, Final, NamedTuple
 
@@ -165,6 +166,9 @@ def _choose(blend: _Blend, terms: Terms, found: dict[str, Any]) -> None:
 
 
 def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Counting]) -> dict[str, Any]:
+    def of(item_ids: Tensor) -> Callable[[], Tensor]:
+        return partial(item_knn, item_ids, item_knn.nearby(item_ids))
+
     found = []
     content_knn = terms_of(blend.model).content_knn
     is_alone = not blend.network and not (content_knn is not None and content_knn.active)
@@ -175,7 +179,7 @@ def _tune_item_knn(blend: _Blend, item_knn: ItemKNNTerm, countings: Sequence[Cou
             _settings(blend.model, item_knn, decay, power, logits)
             for decay, power, logits in product(_DECAYS, _POWERS, weights)
         ]
-        found.append((counting, *blend.best(grid, lambda point: item_knn.choose(ItemKNNSettings(*point)), item_knn)))
+        found.append((counting, *blend.best(grid, lambda point: item_knn.choose(ItemKNNSettings(*point)), of)))
     counting, point, ndcg, without = max(found, key=lambda result: result[2])
     item_knn.count_as(blend.validation.counted(item_knn, counting))
     item_knn.choose(ItemKNNSettings(*point))
@@ -192,13 +196,19 @@ def _tune_content_knn(blend: _Blend, content_knn: ContentKNNTerm) -> dict[str, A
         (logits * blend.model.config.temperature / max(average, 1e-6), decay)
         for decay, logits in product(_DECAYS, _LOGITS_PER_SIMILAR)
     ]
-    _, ndcg, without = blend.best(grid, lambda point: content_knn.choose(ContentKNNSettings(*point)), content_knn)
+    _, ndcg, without = blend.best(
+        grid,
+        lambda point: content_knn.choose(ContentKNNSettings(*point)),
+        lambda item_ids: partial(content_knn, item_ids),
+    )
     return {"content_knn": content_knn.chosen._asdict(), NDCG: ndcg, NDCG_WITHOUT: without}
 
 
 def _tune_history(blend: _Blend, history: HistoryBias) -> dict[str, float]:
     grid = [(logits * blend.model.config.temperature,) for logits in _HISTORY_LOGITS]
-    _, ndcg, _ = blend.best(grid, lambda point: history.offset.fill_(*point), blend.seen)
+    _, ndcg, _ = blend.best(
+        grid, lambda point: history.offset.fill_(*point), lambda item_ids: partial(blend.seen, item_ids)
+    )
     return {"history_bias": float(history.bias.detach() + history.offset), NDCG: ndcg}
 
 
@@ -276,7 +286,7 @@ class _Blend(NamedTuple):
         self,
         grid: Sequence[tuple[float, ...]],
         choose: Callable[[tuple[float, ...]], object],
-        term: Callable[[Tensor], Tensor],
+        of: Callable[[Tensor], Callable[[], Tensor]],
     ) -> tuple[tuple[float, ...], float, float]:
         """Choose the settings of a term, by NDCG@10 of the model's present score plus the term, mean over protocols.
 
@@ -286,8 +296,8 @@ class _Blend(NamedTuple):
             Settings, the weight first.
         choose : callable
             Makes such settings those of the term.
-        term : callable
-            Returns the term with its present settings, [batch, row], for items [batch, seq].
+        of : callable
+            Takes items [batch, seq] and returns what computes their term, [batch, row], with the present settings.
 
         Returns
         -------
@@ -301,10 +311,11 @@ class _Blend(NamedTuple):
             choose((0.0, *grid[0][1:]))
             own = scorer.combined(parts, self.model.terms, network=self.network)
             seen, targets, unit, computed = seen.to(own.device), targets.to(own.device), own, None
+            term = of(parts.item_ids)
             for index, (weight, *others) in enumerate(grid):
                 if others != computed:
                     choose((1.0, *others))
-                    unit, computed = term(parts.item_ids), others
+                    unit, computed = term(), others
                 total[index] += _ndcg(torch.add(own, unit, alpha=weight), targets, seen, self.protocols)
         best = int(total.argmax())
         choose(grid[best])

@@ -44,6 +44,7 @@ from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
 from missrec_t4r.training.graphed_step import GraphedSteps, Shapes
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
+from missrec_t4r.training.memory import release_freed_memory
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
 from missrec_t4r.training.state import (
@@ -201,6 +202,7 @@ class Trainer:
                     f"{self._time_left()}"
                 )
                 self.save_checkpoint()
+                release_freed_memory()
         return self._stopped_by() or INTERRUPT
 
     @contextlib.contextmanager

@@ -31,6 +31,16 @@ class ItemKNNSettings(NamedTuple):
     """Popularity discount: counts are divided by ``((n_i + 5) (n_j + 5)) ** power``."""
 
 
+class Nearby(NamedTuple):
+    """The items that occurred together with those of sessions."""
+
+    rows: Tensor
+    """[batch, seq * neighbour], int64."""
+    own_share: Tensor | None
+    """[batch, seq * neighbour]: the part of the count C that the session itself may have made: 1 / C where both items
+    are in it, so that C' / C = 1 - 1 / C, and 0 elsewhere; None where own pairs stay."""
+
+
 class ItemKNNTerm(ScoreTerm):
     """Sum of co-occurrence strengths between the session's items and a candidate.
 
@@ -117,17 +127,23 @@ class ItemKNNTerm(ScoreTerm):
         earlier["item_knn"] = self(item_ids)
         return scores.add_(earlier["item_knn"])
 
-    def forward(self, item_ids: Tensor) -> Tensor:
-        """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq]."""
-        added = recency(item_ids, self.settings[1]).unsqueeze(-1) * F.embedding(item_ids, self.strengths)
-        added, near = added.flatten(1), F.embedding(item_ids, self.neighbours).long().flatten(1)
-        term = added.new_zeros(
-            item_ids.shape[0], self.frequency.shape[0]
-        )  # [batch, catalogue]; a trace counts no `len`
-        if not self.own_pairs:  # less one of the counts C where both are in the session: C' / C = 1 - 1 / C
-            inside = torch.zeros_like(term, dtype=torch.bool).scatter_(1, item_ids, 1).gather(1, near)
-            added.addcmul_(added, inside / F.embedding(item_ids, self.counts).flatten(1).clamp_min_(1), value=-1)
-        return term.scatter_add_(1, near, added)  # added and near: [batch, seq * neighbour]
+    def forward(self, item_ids: Tensor, nearby: Nearby | None = None) -> Tensor:
+        """Return the term [batch, catalogue] for sessions ``item_ids`` [batch, seq], whose `nearby` may be given."""
+        nearby = nearby or self.nearby(item_ids)
+        added = (recency(item_ids, self.settings[1]).unsqueeze(-1) * F.embedding(item_ids, self.strengths)).flatten(1)
+        if nearby.own_share is not None:
+            added.addcmul_(added, nearby.own_share, value=-1)
+        shape = item_ids.shape[0], self.frequency.shape[0]  # a trace counts no `len`
+        return added.new_zeros(shape).scatter_add_(1, nearby.rows, added)
+
+    def nearby(self, item_ids: Tensor) -> Nearby:
+        """Return what the term reads of sessions [batch, seq] whatever its settings are."""
+        rows = F.embedding(item_ids, self.neighbours).long().flatten(1)
+        if self.own_pairs:
+            return Nearby(rows, None)
+        inside = torch.zeros(item_ids.shape[0], self.frequency.shape[0], dtype=torch.bool, device=rows.device)
+        inside = inside.scatter_(1, item_ids, 1).gather(1, rows)
+        return Nearby(rows, inside / F.embedding(item_ids, self.counts).flatten(1).clamp_min_(1))
 
     def refresh(self) -> None:
         """Read again whether the term is on."""

@@ -115,13 +115,12 @@ def tune_terms(
     if terms.rare_items is not None:
         terms.rare_items.switch_off()
     blend = _Blend(model, validation, protocols, network)
-    if terms.history_bias is None or not history:
-        found = _tune_from(blend, terms, 0.0, history=False)
-    else:
-        tried = [_tune_from(blend, terms, start, history=True) for start in (0.0, _HIDDEN)]
-        best = max(tried, key=lambda one: float(one[NDCG]))
-        _choose(blend, terms, best)
-        found = best | {key: tried[0][key] for key in (NDCG_WITHOUT,) if key in tried[0]}
+    history = history and terms.history_bias is not None
+    found = _tune_from(blend, terms, 0.0, history=history)
+    if history and NDCG_WITHOUT in found:  # other terms were tuned beside the bias, and may be better beside another
+        hidden = _tune_from(blend, terms, _HIDDEN, history=True)
+        found = max(found, hidden, key=lambda one: float(one[NDCG])) | {NDCG_WITHOUT: found[NDCG_WITHOUT]}
+        _choose(blend, terms, found)
     if terms.cold_start is not None:
         found["cold_start"] = fit_cold_start(model, validation.catalogue, validation.valid)
     if terms.rare_items is not None:

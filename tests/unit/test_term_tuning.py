@@ -11,6 +11,7 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_WITH_HISTORY_TERM, quick_metrics
 from missrec_t4r.model.missrec import MISSRec
+from missrec_t4r.ranking import tune
 from missrec_t4r.ranking.hybrid import build_missrec, terms_of
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.terms.content_knn import ContentKNNSettings
@@ -155,3 +156,16 @@ def test_terms_are_tuned_beside_the_trained_history_bias_and_beside_a_low_one(
     found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(valid))
     assert found["valid_ndcg@10"] > at_least
     assert mean_ndcg(model, catalogue, valid) == pytest.approx(found["valid_ndcg@10"], abs=1e-6)
+
+
+def test_a_history_bias_alone_is_tuned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a catalogue too large for content-kNN: where the bias starts changes nothing, and a pass may take minutes."""
+    passes: list[object] = []
+    chunks = tune.Validation.chunks
+    monkeypatch.setattr(tune.Validation, "chunks", lambda self: [passes.append(self), chunks(self)][1])  # type: ignore[func-returns-value]  # counted
+    model, catalogue = made(n_similar_items=3)
+    monkeypatch.setattr(tune, "_MOST_ROWS", catalogue.n_rows - 1)
+    found = fit_terms(model, catalogue, Sessions.from_lists(FORWARDS), Sessions.from_lists(FORWARDS))
+    assert len(passes) == 1
+    assert found.keys() == {"history_bias", "valid_ndcg@10"}
+    assert mean_ndcg(model, catalogue, FORWARDS) == pytest.approx(found["valid_ndcg@10"], abs=1e-6)

@@ -1,7 +1,8 @@
 """Run folders: weights and training state in safetensors, recipe and facts in JSON; written atomically, read strictly.
 
-`run.json` is written last: a folder with it is a finished run. Weights are loaded only if every tensor of the model is
-there in its shape; an error lists what is missing, unexpected or of another shape.
+`run.json` makes a folder a finished run. A new run is written beside the earlier one of its folder, which stays until
+the new one is complete. Weights are loaded only if every tensor of the model is there in its shape; an error lists what
+is missing, unexpected or of another shape.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 import platform
 import zlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +30,7 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.arrow_files import one_array, with_column
-from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.io.atomic import atomic_write_file, temporary_dir, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.key_names import read_with_current_keys
 from missrec_t4r.io.weight_names import current_names
@@ -45,7 +46,9 @@ RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "we
 _CHECKSUM = "sessions_checksum"
 LOG_FILE = "log.jsonl"
 """Training log, a JSON line per epoch."""
-_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, "checkpoint", "tensorboard"}
+UNFINISHED_FILE = "unfinished"
+"""Empty file beside a finished run while, and after, a training that has not replaced it."""
+_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, UNFINISHED_FILE, "checkpoint", "tensorboard"}
 """What shows that a folder is that of a run; a killed training may have left one of them alone."""
 _NOTES: Final = {".log", ".txt", ".out", ".err", ".yaml", ".yml", ".json"}
 """Logs and settings, which scripts put into the folder of a run before it begins."""
@@ -94,6 +97,25 @@ def require_run_folder(out: Path, kind: str = "run", parts: Set[str] = _RUN_PART
         raise ConfigError(found, f"a new folder, or that of a {kind}", "choose another --out")
 
 
+def begin_training(out: Path) -> None:
+    """Note in a run folder that a training has begun; a finished run in it stays until `save_run` replaces it.
+
+    Raises
+    ------
+    DataError
+        The disk is full or read-only.
+    """
+    with translate_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / RUN_FILE).is_file():
+            (out / UNFINISHED_FILE).touch()
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a finished run, and no training that would have replaced it was killed there."""
+    return (out / RUN_FILE).is_file() and not (out / UNFINISHED_FILE).is_file()
+
+
 def save_run(
     out: Path,
     model: MISSRec,
@@ -102,14 +124,14 @@ def save_run(
     info: Mapping[str, Any],
     catalogue: Catalogue | None = None,
     sessions: Sequence[Sessions] = (),
+    check: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a run: weights, resolved recipe, and where it comes from.
 
     Parameters
     ----------
     out : Path
-        Run folder; created. Its files are replaced one by one, atomically; `run.json` is removed first and written
-        last.
+        Run folder; created. The files of an earlier run in it are replaced when all new ones are complete.
     model : MISSRec
     recipe : Recipe
     data : Path
@@ -121,19 +143,32 @@ def save_run(
         and modalities with them, when the data folder has changed meanwhile.
     sessions : sequence of Sessions
         Training and validation sessions; `trained_on` returns their checksum.
+    check : function, optional
+        Called with the folder of the new files before they replace others; what it raises leaves these as they are.
+
+    Raises
+    ------
+    DataError
+        The disk is full or read-only. An earlier run is as it was.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RUN_FILE).unlink(missing_ok=True)  # an earlier run's would make a run of the files of both
     if sessions:
         info = {**info, _CHECKSUM: sessions_checksum(sessions)}
     if catalogue is not None:
         info = {**info, "modalities": encoders_of(catalogue)}
-        _write_vocabulary(out / VOCABULARY_FILE, catalogue)
-    save_tensors(out / WEIGHTS_FILE, model.state_dict())
-    write_json(out / RECIPE_FILE, recipe.to_dict())
     where = os.path.relpath(data.resolve(), out.resolve())
     event_features = [column.to_dict() for column in model.event_columns]
-    write_json(out / RUN_FILE, {"data": where, "versions": versions(), "event_features": event_features, **info})
+    with translate_disk_errors(out), temporary_dir(out / RUN_FILE) as new:
+        if catalogue is not None:
+            _write_vocabulary(new / VOCABULARY_FILE, catalogue)
+        save_tensors(new / WEIGHTS_FILE, model.state_dict())
+        write_json(new / RECIPE_FILE, recipe.to_dict())
+        write_json(new / RUN_FILE, {"data": where, "versions": versions(), "event_features": event_features, **info})
+        if check is not None:
+            check(new)
+        (out / RUN_FILE).unlink(missing_ok=True)  # it would make a run of the files of both
+        for file in sorted(new.iterdir(), key=lambda file: file.name == RUN_FILE):
+            file.replace(out / file.name)
+    (out / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def sessions_checksum(sessions: Sequence[Sessions]) -> int:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def save_run(
     ConfigError
         The model was built for another catalogue, or has another module between inputs and block.
     ParityError
-        The written run scores validation sessions in another way than the model: nothing is kept in ``out``.
+        The written run scores validation sessions in another way than the model: ``out`` stays as it was.
     """
     out = Path(out)
     folder = _data_folder(trainer, data)
@@ -109,31 +112,44 @@ def save_run(
     if rank := distributed.launched().rank or distributed.world().rank:
         log.info(f"process {rank} of several: the first one writes {out}")
     else:
-        _make_way(out, folder, overwrite)
         recipe = Recipe(name="t4r", model=core.config, train=settings)
-        run_folder.save_run(out, core, recipe, folder, info, catalogue, (train, valid))
-        try:
-            _require_parity(core, catalogue, out, valid)
-        except ParityError:
-            (out / run_folder.RUN_FILE).unlink()  # without it the folder is not a run
-            raise
+        with _way_made(out, folder, overwrite):
+            run_folder.save_run(
+                out,
+                core,
+                recipe,
+                folder,
+                info,
+                catalogue,
+                (train, valid),
+                check=lambda written: _require_parity(core, catalogue, written, folder, valid),
+            )
     return {"run": str(out), **info}  # without waiting: a script may call this in its first process alone
 
 
-def _make_way(out: Path, data: Path, overwrite: bool) -> None:
-    """Keep a run that ``out`` holds beside it, unless it is to be replaced, or something there has to stay."""
+@contextlib.contextmanager
+def _way_made(out: Path, data: Path, overwrite: bool) -> Iterator[None]:
+    """Keep a run that ``out`` holds beside it, unless it is to be replaced, or something there has to stay.
+
+    It returns to its place if the block fails.
+    """
     if not (out / run_folder.RUN_FILE).is_file():
+        yield
         return
     others = [path for path in (data.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
-    if overwrite:
-        log.info(f"{out} holds a finished run: its files are replaced")
-    elif others:
-        log.warning(f"{out} held a finished run, which is replaced: {others[0]} could not stay if {out} were renamed")
-    else:
-        log.warning(
-            f"{out} held a finished run, which is kept as {_set_aside(out)}; "
-            "save_run(..., overwrite=True) replaces a run"
-        )
+    if overwrite or others:
+        yield
+        why = "" if overwrite else f": {others[0]} could not stay if {out} were renamed"
+        log.log(logging.INFO if overwrite else logging.WARNING, f"{out} held a finished run, which is replaced{why}")
+        return
+    kept = _set_aside(out)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        kept.rename(out)
+        raise
+    log.warning(f"{out} held a finished run, which is kept as {kept}; save_run(..., overwrite=True) replaces a run")
 
 
 def _set_aside(out: Path) -> Path:
@@ -183,7 +199,7 @@ def _with_arguments(settings: TrainConfig, arguments: T4RecTrainingArguments) ->
     )
 
 
-def _require_parity(core: MISSRec, catalogue: Catalogue, out: Path, valid: Sessions) -> None:
+def _require_parity(core: MISSRec, catalogue: Catalogue, run: Path, data: Path, valid: Sessions) -> None:
     """Require that the run, read back, scores validation sessions like the model.
 
     Raises
@@ -191,13 +207,13 @@ def _require_parity(core: MISSRec, catalogue: Catalogue, out: Path, valid: Sessi
     ParityError
     """
     histories, _ = valid.slice(0, min(_COMPARED, len(valid))).split_last()
-    written = run_folder.load_run(out).model.to(next(core.parameters()).device)
+    written = run_folder.load_run(run, data).model.to(next(core.parameters()).device)
     expected, scores = (ModelScorer.with_popularity(model, catalogue)(histories) for model in (core, written))
     finite = torch.isfinite(expected)
     largest = float((expected - scores)[finite].abs().max()) if finite.any() else 0.0
     if largest > _TOLERANCE or not torch.equal(finite, torch.isfinite(scores)):
         raise ParityError(
-            f"{out}: the run read back scores validation sessions by up to {largest:.3g} differently",
+            f"the run read back scores validation sessions by up to {largest:.3g} differently",
             f"score differences up to {_TOLERANCE:g}",
             "report a bug: nothing was kept",
         )

@@ -31,7 +31,7 @@ from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.tensors_only import tensors_only
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, save_run
+from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, begin_training, save_run
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
@@ -39,6 +39,7 @@ from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.training.curves import Curves
 from missrec_t4r.training.distributed import launched, own_device
 from missrec_t4r.training.fit import read_training_data
+from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.state import content_checksum
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ _UNSUPPORTED = (
 )
 
 
+@translate_out_of_memory("halve train.batch_size, or leave --trainer out: the other trainer has train.accumulate")
 def train_t4r(
     data: str | Path,
     recipe: Recipe,
@@ -105,7 +107,7 @@ def train_t4r(
     ------
     DataError, SchemaError, ConfigError
         Unusable data, a schema that does not fit the catalogue, a checkpoint of another recipe, a device that is not
-        there or that T4R's Trainer does not choose, or several processes.
+        there, has not enough memory or is not the one that T4R's Trainer chooses, or several processes.
     """
     started = time.perf_counter()
     _require_one_device(device)
@@ -219,8 +221,8 @@ def _checkpoint_folder(out: Path, recipe: Recipe, content: int, resume: bool) ->
             "the same recipe and data",
             "give another --out, or --restart to discard it",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (out / RUN_FILE).unlink(missing_ok=True)
+    begin_training(out)
+    folder.mkdir(exist_ok=True)
     write_json(owner, {**recipe.to_dict(), _CONTENT: content})
     return folder
 

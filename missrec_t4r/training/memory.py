@@ -18,6 +18,8 @@ from missrec_t4r.errors import ConfigError
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files in which a container finds its limit, of versions 2 and 1."""
 
+_CURE = "double train.accumulate, which keeps the batch, halve train.batch_size, or set train.softmax=chunked"
+
 
 class TooLargeError(ConfigError):
     """A training that a GPU has no memory for."""
@@ -57,8 +59,13 @@ def release_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def translate_out_of_memory() -> Iterator[None]:
+def translate_out_of_memory(cure: str = _CURE) -> Iterator[None]:
     """Raise `TooLargeError` where a GPU has no memory left, and free what failed steps held of it.
+
+    Parameters
+    ----------
+    cure : str
+        Which settings of the trainer need less.
 
     Raises
     ------
@@ -73,6 +80,5 @@ def translate_out_of_memory() -> Iterator[None]:
         raise TooLargeError(
             f"a training that does not fit into the GPU's memory ({message[0][:300]})",
             "smaller steps, or a GPU that no other process uses",
-            "double train.accumulate, which keeps the batch, halve train.batch_size, or set train.softmax=chunked; "
-            "add --restart if the run folder holds a checkpoint of other settings",
+            f"{cure}; add --restart if the run folder holds a checkpoint of other settings",
         ) from error

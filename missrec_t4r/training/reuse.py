@@ -19,7 +19,7 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.lock import locked
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, WEIGHTS_FILE, versions
+from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, WEIGHTS_FILE, is_finished, versions
 from missrec_t4r.training import distributed
 from missrec_t4r.training.state import LIMITS, has_grown
 
@@ -84,7 +84,7 @@ def run_or_reuse(
     if result is not None:
         log.info(f"{out} is a finished run of the same data and settings; `--restart` of its own command trains again")
         return {**result, "found": True} | ({"dry_run": True} if dry_run else {})
-    if resume and recipe is not None and (out / RUN_FILE).is_file():
+    if resume and recipe is not None and is_finished(out):
         earlier = Recipe.from_stored(read_json(out / RECIPE_FILE))
         changed = changed_settings(earlier.to_dict(), recipe.to_dict())
         if changed and not _goes_on(out, changed, earlier, recipe):
@@ -104,6 +104,8 @@ def run_or_reuse(
 
 def _stored(out: Path, key: str) -> dict[str, Any] | None:
     """Return the stored result of the finished run in ``out`` if its key is the same, else None."""
+    if not is_finished(out):
+        return None
     try:
         entry = read_json(out / _FINISHED_FILE)
         is_same = entry["key"] == key and entry["run"] == file_digest(out / RUN_FILE)

@@ -38,7 +38,15 @@ from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import NDCG, NDCG_WITHOUT, fit_terms
 from missrec_t4r.runs.extend import load_strictly
-from missrec_t4r.runs.run_folder import LOG_FILE, RECIPE_FILE, RUN_FILE, STATE_FILE, save_run
+from missrec_t4r.runs.run_folder import (
+    LOG_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    begin_training,
+    is_finished,
+    save_run,
+)
 from missrec_t4r.training import distributed
 from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
 from missrec_t4r.training.graphed_step import GraphedSteps, Shapes
@@ -169,8 +177,7 @@ class Trainer:
         """
         is_first = self.world.rank == 0
         if is_first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / RUN_FILE).unlink(missing_ok=True)
+            begin_training(self.out)
             is_kept, status = self.recipe.train.tensorboard, self.status
             self.curves = Curves(self.out, status["epoch"], status["step"], tensorboard=is_kept)
         if not isinstance(self.softmax, FullSoftmax):
@@ -472,7 +479,7 @@ class Trainer:
     def _has_unfinished_run(self) -> bool:
         if not (self.out / STATE_FILE).is_file():
             return False
-        if not (self.out / RUN_FILE).is_file() or read_json(self.out / RUN_FILE).get("stopped_by") == INTERRUPT:
+        if not is_finished(self.out) or read_json(self.out / RUN_FILE).get("stopped_by") == INTERRUPT:
             return True
         stored = Recipe.from_stored(read_json(self.out / RECIPE_FILE)).train
         return any(getattr(stored, name) != getattr(self.recipe.train, name) for name in LIMITS)

@@ -160,7 +160,10 @@ def test_the_default_learning_rate_of_transformers_is_reported(
     assert "pass learning_rate=0.001 to T4RecTrainingArguments" in caplog.text
 
 
-def test_a_run_that_scores_otherwise_is_not_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overwrite", [None, True, False])
+def test_a_run_that_scores_otherwise_is_not_kept_and_an_earlier_one_stays(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool | None
+) -> None:
     from missrec_t4r.runs import run_folder
 
     def damaged(path: Path, tensors: Any, metadata: Any = None) -> None:
@@ -169,11 +172,17 @@ def test_a_run_that_scores_otherwise_is_not_kept(data: Path, tmp_path: Path, mon
         }
         written(path, changed, metadata)
 
-    written = run_folder.save_tensors
+    if overwrite is not None:
+        mr.save_run(by_hand(), out=tmp_path / "run", data=data)
+    before, written = _content(tmp_path), run_folder.save_tensors
     monkeypatch.setattr(run_folder, "save_tensors", damaged)
     with pytest.raises(ParityError, match="read back scores validation sessions"):
-        mr.save_run(by_hand(), out=tmp_path / "run", data=data)
-    assert not (tmp_path / "run" / "run.json").exists()
+        mr.save_run(by_hand(), out=tmp_path / "run", data=data, overwrite=bool(overwrite))
+    assert _content(tmp_path) == before
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_script_without_a_data_folder_is_told_what_to_pass(data: Path, tmp_path: Path) -> None:

@@ -382,6 +382,17 @@ def test_train_t4r_refuses_several_processes(data: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
+def test_train_t4r_says_what_needs_less_where_a_gpu_has_no_memory_left(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(tr.Trainer, "training_step", step)
+    with pytest.raises(ConfigError, match=r"Tried to allocate 2.00 GiB.*; expected: .*halve train.batch_size"):
+        train_t4r(data, recipe(), tmp_path / "run", device="cpu")
+
+
 def test_train_t4r_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would start a thread for each, which `MISSRecBlock` refuses."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -18,7 +18,7 @@ from rich.console import Console
 from missrec_t4r.config import MISSRecConfig, Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
-from missrec_t4r.errors import CheckpointError, ConfigError, DataError, MISSRecError
+from missrec_t4r.errors import ConfigError, DataError, MISSRecError
 from missrec_t4r.evaluation.full_ranking import EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM, PROTOCOLS
 from missrec_t4r.evaluation.report import metrics_table, table
 from missrec_t4r.io.json_files import write_json
@@ -74,14 +74,19 @@ def systems_of(protocol: str) -> set[str]:
     return SYSTEMS if protocol == KEPT_STRICT else SYSTEMS | {"exported"}
 
 
-def test_a_run_that_is_replaced_half_way_is_none(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The earlier `run.json` would vouch for weights of another training."""
+def test_a_run_stays_until_the_one_that_replaces_it_is_complete(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk leaves no run of the files of both, and none without `run.json`."""
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    model = load_run(run).model
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder, "write_json", lambda *_: pytest.fail("killed after the weights"))
-        with pytest.raises(pytest.fail.Exception):
-            save_run(run, load_run(run).model, Recipe(model=MISSRecConfig(d_model=8, n_head=2)), tmp_path / "data", {})
-    with pytest.raises(CheckpointError, match=r"holds no run.json; expected: a finished run"):
-        evaluate(run)
+        patched.setattr(run_folder, "write_json", lambda *_: Path("/dev/full").write_text("x"))
+        with pytest.raises(DataError, match="the disk ran full while .* was written"):
+            save_run(run, model, Recipe(model=MISSRecConfig(d_model=8, n_head=2)), tmp_path / "data", {})
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
 
 
 def test_the_tutorial_shows_the_table_that_is_printed(report: dict[str, Any], repository: Path) -> None:

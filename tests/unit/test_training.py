@@ -1,5 +1,6 @@
 """Training: it learns, is deterministic, and a killed run is resumed with the same result."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -111,6 +112,29 @@ def test_a_killed_run_is_resumed_and_ends_like_an_uninterrupted_one(data: Path, 
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
     whole, killed = (load_tensors(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_finished_run_stays_while_another_training_would_replace_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, or killed, that training leaves the earlier run, and goes on from where it was."""
+    out, settings = tmp_path / "run", SMALL | {"train.epochs": 2}
+    train(data, out, recipe="tiny", settings=settings)
+    before = {name: (out / name).read_bytes() for name in ("run.json", "recipe.json", "weights.safetensors")}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    changed = settings | {"train.learning_rate": 0.02}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_finish", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(data, out, recipe="tiny", settings=changed, resume=False)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_epoch", lambda self: pytest.fail("both epochs were trained"))
+        train(data, out, recipe="tiny", settings=changed)
+    assert load_run(out).recipe.train.learning_rate == 0.02
 
 
 def test_an_interrupted_run_is_not_resumed_with_other_settings(data: Path, tmp_path: Path) -> None:

@@ -163,9 +163,11 @@ def _trainer(
     recipe: str, settings: dict[str, Any], catalogue: Any, sessions: Any, test: Any, out: Path, device: str
 ) -> Any:
     from missrec_t4r.config import Recipe
+    from missrec_t4r.training.state import TrainingData
     from missrec_t4r.training.trainer import Trainer
 
-    trainer = Trainer(Recipe.load(recipe, settings), catalogue, sessions, test.take(np.arange(8)), out, device=device)
+    data = TrainingData(catalogue, sessions, test.take(np.arange(8)))
+    trainer = Trainer(Recipe.load(recipe, settings), data, out, device)
     if trainer.graphed is not None:
         trainer.graphed.plain_steps = 1  # these are few batches: most would be over before their shape is recorded
     return trainer

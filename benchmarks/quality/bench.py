@@ -30,7 +30,7 @@ from missrec_t4r.io.key_names import with_current_keys, with_current_terms
 from missrec_t4r.ranking.tune import NDCG
 from missrec_t4r.runs.run_folder import RUN_FILE, read_info
 from missrec_t4r.training.auto import choose
-from missrec_t4r.training.trainer import INTERRUPT
+from missrec_t4r.training.state import INTERRUPT
 
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 FIRST_SEED = 2020

@@ -27,6 +27,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, rank_catalogue
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.training.precision import resolve_precision
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Trainer
 
 Result = dict[str, Any]
@@ -69,7 +70,8 @@ def ours(recipe: str, **settings: Any) -> Callable[[Catalogue, Sessions, Session
     def measure(catalogue: Catalogue, train: Sessions, test: Sessions, _: Path | None) -> Result:
         resolved = Recipe.load(recipe, {f"train.{name}": value for name, value in settings.items()})
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(resolved, catalogue, train, test.take(np.arange(8)), Path(folder), device="cpu")
+            data = TrainingData(catalogue, train, test.take(np.arange(8)))
+            trainer = Trainer(resolved, data, Path(folder), "cpu")
             trainer._epoch()
             clock = Clock()
             lines = [trainer._epoch() for _ in range(EPOCHS)]

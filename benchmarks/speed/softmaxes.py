@@ -23,6 +23,7 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.schema import FIRST_ITEM_ROW
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Trainer
 
 KINDS, WIDTH, EVENTS = 100, 32, 9
@@ -66,7 +67,7 @@ def train(shop: tuple[Catalogue, Sessions, Sessions], settings: dict[str, Any], 
     """Return the best validation NDCG@10 and the processor's seconds."""
     extra = {f"train.{name}": value for name, value in settings.items()} | {"train.epochs": epochs, "train.seed": seed}
     with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(Recipe.load("tiny", SETTINGS | extra), *shop, Path(out), "cpu")
+        trainer = Trainer(Recipe.load("tiny", SETTINGS | extra), TrainingData(*shop), Path(out), "cpu")
         started = time.process_time()
         lines = [trainer._epoch() for _ in range(epochs)]
         return [max(line["valid_ndcg@10"] for line in lines), time.process_time() - started]

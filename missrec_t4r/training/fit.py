@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import training_batches
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import EventColumn, event_columns, fit_event_columns, load_sessions
-from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import DataError
 from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.training import distributed
 from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.predict import predict
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Prepare, Trainer
 
 log = logging.getLogger(__name__)
@@ -79,18 +79,8 @@ def train(
     resolved = Recipe.load(recipe, settings)
     read = read_training_data(data, resolved, event_features)
     with distributed.joined(distributed.own_device(device)), translate_out_of_memory():
-        trainer = Trainer(resolved, read.catalogue, read.train, read.valid, out, device, prepare, read.event_features)
+        trainer = Trainer(resolved, read, out, device, prepare)
         return run_or_describe(trainer, data, resume=resume, dry_run=dry_run)
-
-
-class TrainingData(NamedTuple):
-    """What a training reads of a data folder: never the test split."""
-
-    catalogue: Catalogue
-    train: Sessions
-    valid: Sessions
-    event_features: Sequence[EventColumn]
-    """Fitted to the training sessions, or as given."""
 
 
 def read_training_data(data: Path, recipe: Recipe, event_features: Sequence[EventColumn] | None = None) -> TrainingData:
@@ -143,7 +133,7 @@ def run_or_describe(trainer: Trainer, data: Path, *, resume: bool, dry_run: bool
     if resume:
         trainer.resume()
     else:
-        trainer.start_over()
+        trainer.checkpoint.delete()
     return trainer.run(data)
 
 
@@ -165,7 +155,7 @@ def describe_run(trainer: Trainer, data: Path, *, resume: bool) -> dict[str, Any
         The interrupted run belongs to another recipe or other data.
     """
     recipe = trainer.recipe
-    if resumes := resume and trainer.can_resume():
+    if resumes := resume and trainer.checkpoint.can_resume():
         trainer.resume()
     steps = training_batches(trainer.sessions, recipe.model, recipe.train, np.random.default_rng(recipe.train.seed))
     return {

@@ -41,6 +41,7 @@ from missrec_t4r.training.fit import run_or_describe
 from missrec_t4r.training.memory import translate_out_of_memory
 from missrec_t4r.training.precision import autocast
 from missrec_t4r.training.reuse import alone, recipe_key, run_or_reuse
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 
@@ -144,7 +145,8 @@ class Pretrainer(Trainer):
             model.item_encoder.adapters.requires_grad_(not recipe.pretrain.keep_adapters)
             return facts
 
-        super().__init__(recipe, domains.catalogue, splits["train"], splits["valid"], out, device, prepare)
+        data = TrainingData(domains.catalogue, splits["train"], splits["valid"])
+        super().__init__(recipe, data, out, device, prepare)
         word_drop_vectors = {
             name: torch.from_numpy(modality.variants[WORD_DROP])
             for name, modality in domains.catalogue.modalities.items()

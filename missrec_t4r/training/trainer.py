@@ -8,15 +8,11 @@ Under torchrun every process computes a part of each batch; rank 0 ranks the val
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +23,25 @@ from torch import Tensor
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import Examples, TrainingBatch, iterate, training_batches
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.event_features import EventColumn
-from missrec_t4r.data.sessions import Sessions, target_counts
-from missrec_t4r.errors import CheckpointError, DataError
+from missrec_t4r.data.sessions import target_counts
+from missrec_t4r.errors import DataError
 from missrec_t4r.evaluation.full_ranking import KEPT_WITH_HISTORY_TERM, quick_metrics
-from missrec_t4r.io.json_files import read_json
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.progress import track
 from missrec_t4r.ranking.hybrid import build_missrec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import NDCG, NDCG_WITHOUT, fit_terms
 from missrec_t4r.runs.extend import load_strictly
-from missrec_t4r.runs.run_folder import (
-    LOG_FILE,
-    RECIPE_FILE,
-    RUN_FILE,
-    STATE_FILE,
-    begin_training,
-    is_finished,
-    save_run,
-)
+from missrec_t4r.runs.run_folder import begin_training, save_run
 from missrec_t4r.training import distributed
-from missrec_t4r.training.curves import TENSORBOARD_FOLDER, Curves
+from missrec_t4r.training.curves import Curves
 from missrec_t4r.training.graphed_step import GraphedSteps, Shapes
 from missrec_t4r.training.loss.full import FullSoftmax, Softmax
 from missrec_t4r.training.loss.sampled import SampledSoftmax
 from missrec_t4r.training.memory import release_freed_memory
 from missrec_t4r.training.optim import AveragedWeights, Optimiser, learning_rate
 from missrec_t4r.training.precision import check_precision, compile_blocks, resolve_precision, translate_compile_errors
-from missrec_t4r.training.state import (
-    LIMITS,
-    content_checksum,
-    load_state,
-    random_state,
-    save_state,
-    set_random_state,
-)
+from missrec_t4r.training.state import INTERRUPT, Checkpoint, TrainingData, random_state, set_random_state
 from missrec_t4r.training.step import (
     Totals,
     batch_totals,
@@ -76,11 +55,6 @@ from missrec_t4r.training.warm_start.id_init import ids_from_content
 log = logging.getLogger(__name__)
 
 Prepare = Callable[[MISSRec, Catalogue], dict[str, Any]]
-_HARMLESS = ("checkpoint_minutes", "tensorboard", "cuda_graphs")
-"""Settings that may change when an interrupted run is resumed: on a GPU the last draws other random numbers in dropout,
-no other number depends on them."""
-INTERRUPT = "interrupt"
-"""Value of ``stopped_by`` after Ctrl-C."""
 _CURE = "check the split: a validation target must be an item with training events, or one of the item table"
 
 
@@ -90,35 +64,27 @@ class Trainer:
     Parameters
     ----------
     recipe : Recipe
-    catalogue : Catalogue
-    sessions : Sessions
-        Training sessions.
-    valid : Sessions
-        Validation sessions: histories with their target.
+    data : TrainingData
     out : Path
         Run folder.
     device : str
     prepare : function, optional
         Called with the new model and the catalogue before the optimiser is made, to load an earlier run's weights and
         to freeze parts. Its result is stored in `run.json` and is part of the checkpoint's fingerprint.
-    event_features : sequence of EventColumn
-        The fitted event features that the sessions have.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        catalogue: Catalogue,
-        sessions: Sessions,
-        valid: Sessions,
+        data: TrainingData,
         out: Path,
         device: str = "auto",
         prepare: Prepare | None = None,
-        event_features: Sequence[EventColumn] = (),
     ) -> None:
-        if not len(valid):
+        self.catalogue, self.sessions, self.all_valid, event_features = data
+        if not len(self.all_valid):
             raise DataError("no validation session has a known target", "sessions to choose the best epoch by", _CURE)
-        self.recipe, self.catalogue, self.sessions = recipe, catalogue, sessions
+        self.recipe = recipe
         self.world = distributed.world()
         self.out = out
         settings = recipe.train
@@ -126,10 +92,11 @@ class Trainer:
         check_precision(settings, self.device)
         self.rng = np.random.default_rng(settings.seed)
         torch.manual_seed(settings.seed)
-        self.model = build_missrec(recipe.model, catalogue, event_features)
+        self.model = build_missrec(recipe.model, self.catalogue, event_features)
         if settings.id_init == "content":
             ids_from_content(self.model)
-        self.facts = prepare(self.model, catalogue) if prepare else {}
+        self.facts = prepare(self.model, self.catalogue) if prepare else {}
+        self.checkpoint = Checkpoint(out, recipe, data, self.facts)
         self.model.to(self.device)
         if settings.compile:
             compile_blocks(self.model)
@@ -152,12 +119,11 @@ class Trainer:
         self.saved_at = time.perf_counter()
         self.curves: Curves | None = None
         self.is_interrupted = False
-        sample = settings.validation_sessions
-        indices = (
-            np.random.default_rng(settings.seed).permutation(len(valid))[:sample] if sample else np.arange(len(valid))
-        )
-        indices = indices[np.argsort(valid.lengths[indices], kind="stable")]  # equal lengths in a chunk: little padding
-        self.valid, self.all_valid = valid.take(indices), valid
+        indices = np.arange(len(self.all_valid))
+        if settings.validation_sessions:
+            indices = np.random.default_rng(settings.seed).permutation(indices)[: settings.validation_sessions]
+        lengths = self.all_valid.lengths[indices]
+        self.valid = self.all_valid.take(indices[np.argsort(lengths, kind="stable")])  # by length: little padding
 
     def run(self, data: Path) -> dict[str, Any]:
         """Train to the end, tune the score terms on validation, and write the run.
@@ -252,7 +218,7 @@ class Trainer:
         save_run(self.out, self.model, self.recipe, data, info, self.catalogue, (self.sessions, self.all_valid))
         log.info(headline(terms, self.status["best"]))
         if stopped_by == "patience":
-            (self.out / STATE_FILE).unlink(missing_ok=True)
+            self.checkpoint.file.unlink(missing_ok=True)
         return {"run": str(self.out), **info}
 
     def _stopped_by(self) -> str | None:
@@ -467,45 +433,15 @@ class Trainer:
             **{f"random{rank}": states for rank, states in enumerate(random)},
         }
         facts = {"status": self.status, "numpy": self.rng.bit_generator.state, "planned": self.plan_state}
-        save_state(self.out / STATE_FILE, parts, facts, self._fingerprint())
-
-    def can_resume(self) -> bool:
-        """Whether the folder holds an interrupted run, or a finished one that higher limits let go on.
-
-        The first process decides for all, which call this together: the others may find another state of the folder.
-        """
-        return distributed.share(self.world.rank == 0 and self._has_unfinished_run())
-
-    def _has_unfinished_run(self) -> bool:
-        if not (self.out / STATE_FILE).is_file():
-            return False
-        if not is_finished(self.out) or read_json(self.out / RUN_FILE).get("stopped_by") == INTERRUPT:
-            return True
-        stored = Recipe.from_stored(read_json(self.out / RECIPE_FILE)).train
-        return any(getattr(stored, name) != getattr(self.recipe.train, name) for name in LIMITS)
+        self.checkpoint.save(parts, facts)
 
     def resume(self) -> None:
-        """Restore the run folder's checkpoint, if there is one that can go on (`can_resume`).
-
-        Raises
-        ------
-        ConfigError
-            The checkpoint belongs to another recipe, data set or number of processes.
-        CheckpointError
-            It is damaged, or not every process finds it.
-        """
-        file = self.out / STATE_FILE
-        if not self.can_resume():
-            self.start_over()
+        """Restore the run folder's checkpoint, if there is one that can go on (`Checkpoint.load`)."""
+        found = self.checkpoint.load()
+        if found is None:
             return
-        if without := [rank for rank, found in enumerate(distributed.collect(file.is_file())) if not found]:
-            raise CheckpointError(
-                f"process {without[0]} does not find the checkpoint {file} of process 0",
-                "one run folder for all processes",
-                "put --out on a disk that all machines share, or train from the start with --restart",
-            )
-        parts, facts = load_state(file, self._fingerprint())
-        load_strictly(self.model, parts["model"], str(file))
+        parts, facts = found
+        load_strictly(self.model, parts["model"], str(self.checkpoint.file))
         self.best = parts.get("best", {})
         self.average.load(parts.get("average", {}))
         self.optimizer.load(parts.get("optimizer", {}))
@@ -514,25 +450,6 @@ class Trainer:
         self.status = facts["status"]
         self.rng.bit_generator.state = facts["planned" if self.status["done"] else "numpy"]
         log.info(f"resuming in epoch {self.status['epoch']} after {self.status['done']} of its steps")
-
-    def start_over(self) -> None:
-        """Delete the checkpoint, log and TensorBoard files of the run folder."""
-        if self.world.rank == 0:
-            for name in (STATE_FILE, LOG_FILE):
-                (self.out / name).unlink(missing_ok=True)
-            shutil.rmtree(self.out / TENSORBOARD_FOLDER, ignore_errors=True)
-
-    @cached_property
-    def _content(self) -> int:
-        return content_checksum(self.catalogue, (self.sessions, self.all_valid))
-
-    def _fingerprint(self) -> str:
-        """Return recipe, data and warm start as text: a checkpoint of another one is not resumed."""
-        recipe = dataclasses.asdict(self.recipe)
-        recipe["train"] = {name: value for name, value in recipe["train"].items() if name not in _HARMLESS}
-        facts = [recipe, self.catalogue.n_rows, len(self.sessions.values), len(self.all_valid), self._content]
-        facts += [self.world.size] if self.world.size > 1 else []
-        return json.dumps([*facts, self.facts] if self.facts else facts, sort_keys=True, default=str)
 
 
 def headline(terms: Mapping[str, Any], network: float) -> str:

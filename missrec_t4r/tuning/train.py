@@ -31,9 +31,10 @@ from missrec_t4r.io.lock import locked
 from missrec_t4r.runs.run_folder import require_run_folder
 from missrec_t4r.training import distributed
 from missrec_t4r.training.auto import choose
-from missrec_t4r.training.fit import TrainingData, read_training_data
+from missrec_t4r.training.fit import read_training_data
 from missrec_t4r.training.memory import TooLargeError, translate_out_of_memory
-from missrec_t4r.training.trainer import INTERRUPT, Trainer
+from missrec_t4r.training.state import INTERRUPT, TrainingData
+from missrec_t4r.training.trainer import Trainer
 from missrec_t4r.tuning.page import Tried, page
 from missrec_t4r.tuning.space import Space, space_around, values_of
 
@@ -202,7 +203,7 @@ class _Search:
         try:
             recipe = self.base.changed({**drawn, "train.max_minutes": 0.0 if math.isinf(limit) else limit})
             with translate_out_of_memory():
-                trainer = _Trial(recipe, *self.read[:3], self.out, self.device, None, self.read.event_features)
+                trainer = _Trial(recipe, self.read, self.out, self.device)
         except ConfigError as error:
             self._refuse(trial, error)
             return None

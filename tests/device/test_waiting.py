@@ -18,6 +18,7 @@ from missrec_t4r.ranking.terms.item_knn import ItemKNNSettings
 from missrec_t4r.retrieval.filters import Rules
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.runs.run_folder import load_run
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Trainer
 from tests import shop
 from tests.device.second_device import second_device
@@ -96,7 +97,7 @@ def _trainer(
     rng = np.random.default_rng(0)
     sessions = Sessions.from_lists([rng.integers(3, N_ITEMS + 3, rng.integers(2, 9)) for _ in range(60)])
     chosen = Recipe.load(recipe, SMALL | {"model.dropout": 0.0} | settings)
-    return Trainer(chosen, catalogue, sessions, sessions, out, device=device)
+    return Trainer(chosen, TrainingData(catalogue, sessions, sessions), out, device)
 
 
 def test_the_rate_of_an_epoch_counts_the_work_that_the_device_has_left(

@@ -155,13 +155,14 @@ def test_ids_are_initialised_from_content(shops: dict[str, Path], pretrained: Pa
 def test_ids_are_initialised_from_content_without_another_run(
     shops: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
+    from missrec_t4r.training.state import TrainingData
     from missrec_t4r.training.trainer import Trainer
 
     monkeypatch.setattr("missrec_t4r.training.warm_start.id_init._CHUNK_ROWS", rows_at_once)
     catalogue = Catalogue.load(shops["toys"] / "catalogue")
     sessions = Sessions.load(shops["toys"] / "train"), Sessions.load(shops["toys"] / "valid")
     settings = SMALL | {"model.item_ids": True, "train.id_init": "content"}
-    model = Trainer(Recipe.load("pretrain", settings), catalogue, *sessions, tmp_path).model.eval()
+    model = Trainer(Recipe.load("pretrain", settings), TrainingData(catalogue, *sessions), tmp_path).model.eval()
     candidates = model.candidates()
     both = torch.nn.functional.normalize(candidates.modality.sum(0), dim=-1)
     torch.testing.assert_close(candidates.ids[3:], both[3:])

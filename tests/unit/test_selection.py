@@ -31,6 +31,7 @@ from missrec_t4r.runs.run_folder import load_run, load_tensors
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, UNKNOWN_ROW
 from missrec_t4r.training import trainer as trainer_module
 from missrec_t4r.training.fit import train
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Trainer
 from tests import shop
 
@@ -153,7 +154,8 @@ def weights(model: MISSRec) -> dict[str, Tensor]:
 
 def noting(data: Path, out: Path, settings: Mapping[str, Any]) -> Notes:
     recipe, catalogue = Recipe.load("tiny", {**SETTINGS, **settings}), Catalogue.load(data / CATALOGUE_FOLDER)
-    return Notes(recipe, catalogue, *[Sessions.load(data / split) for split in ("train", "valid")], out, "cpu")
+    sessions = [Sessions.load(data / split) for split in ("train", "valid")]
+    return Notes(recipe, TrainingData(catalogue, *sessions), out, "cpu")
 
 
 def network_ndcg(model: MISSRec, data: Path) -> float | None:
@@ -229,7 +231,7 @@ def test_a_resumed_run_keeps_the_best_epoch_of_before(misleading: Path, tmp_path
     recipe, catalogue = Recipe.load("tiny", {**SETTINGS, **settings}), Catalogue.load(misleading / CATALOGUE_FOLDER)
     sessions = [Sessions.load(misleading / split) for split in ("train", "valid")]
     with pytest.raises(Killed):
-        Dies(recipe, catalogue, *sessions, tmp_path / "killed", "cpu").run(misleading)
+        Dies(recipe, TrainingData(catalogue, *sessions), tmp_path / "killed", "cpu").run(misleading)
     whole = trained(misleading, tmp_path / "whole", settings)
     assert whole["facts"]["best_epoch"] < 9
     assert trained(misleading, tmp_path / "killed", settings) == whole

@@ -13,6 +13,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError, DataError
 from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_run, load_tensors
 from missrec_t4r.training.fit import train
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Trainer
 
 SMALL = {
@@ -102,7 +103,7 @@ def test_a_killed_run_is_resumed_and_ends_like_an_uninterrupted_one(data: Path, 
                 raise Killed
             return super()._epoch()
 
-    victim = Dies(recipe, catalogue, *sessions, tmp_path / "killed")
+    victim = Dies(recipe, TrainingData(catalogue, *sessions), tmp_path / "killed")
     with pytest.raises(Killed):
         victim.run(data)
     assert (tmp_path / "killed" / STATE_FILE).is_file()
@@ -141,7 +142,7 @@ def test_an_interrupted_run_is_not_resumed_with_other_settings(data: Path, tmp_p
     recipe, catalogue = Recipe.load("tiny", SMALL), Catalogue.load(data / "catalogue")
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
     (tmp_path / "run").mkdir()
-    Trainer(recipe, catalogue, *sessions, tmp_path / "run").save_checkpoint()
+    Trainer(recipe, TrainingData(catalogue, *sessions), tmp_path / "run").save_checkpoint()
     with pytest.raises(ConfigError, match="--restart"):
         train(data, tmp_path / "run", recipe="tiny", settings=SMALL | {"train.epochs": 3, "train.batch_size": 8})
     with pytest.raises(ConfigError, match="epochs, patience and max_minutes may grow"):

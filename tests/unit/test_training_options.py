@@ -20,6 +20,7 @@ from missrec_t4r.runs.run_folder import load_tensors, save_tensors
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.optim import Optimiser, learning_rate
 from missrec_t4r.training.precision import resolve_precision, translate_compile_errors
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.trainer import Curves, Trainer
 
 SMALL = {
@@ -38,7 +39,7 @@ SMALL = {
 def _trainer(data: Path, out: Path, **settings: Any) -> Trainer:
     recipe = Recipe.load("tiny", SMALL | {name.replace("__", "."): value for name, value in settings.items()})
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
-    return Trainer(recipe, Catalogue.load(data / "catalogue"), *sessions, out, "cpu")
+    return Trainer(recipe, TrainingData(Catalogue.load(data / "catalogue"), *sessions), out, "cpu")
 
 
 def _weights_after(trainer: Trainer) -> tuple[list[float], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError
 from missrec_t4r.runs.run_folder import RUN_FILE, STATE_FILE, load_metadata, load_tensors
 from missrec_t4r.training.fit import train
+from missrec_t4r.training.state import TrainingData
 from missrec_t4r.training.step import Totals
 from missrec_t4r.training.trainer import Trainer
 from tests import processes
@@ -111,8 +112,9 @@ def test_every_kind_of_step_is_resumed_within_its_epoch(data: Path, tmp_path: Pa
                 raise Killed
             return super().loss(batch, totals)
 
+    read = TrainingData(Catalogue.load(data / "catalogue"), *sessions)
     with pytest.raises(Killed):
-        Dies(recipe, Catalogue.load(data / "catalogue"), *sessions, tmp_path / "killed", "cpu").run(data)
+        Dies(recipe, read, tmp_path / "killed", "cpu").run(data)
     assert _position(tmp_path / "killed") == (0, 7)
     torch.manual_seed(123)
     train(data, tmp_path / "killed", recipe=recipe, device="cpu")
@@ -125,8 +127,8 @@ def test_an_interrupted_run_is_not_resumed_with_other_data_of_the_same_sizes(dat
     (tmp_path / "run").mkdir()
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
     catalogue, recipe = Catalogue.load(data / "catalogue"), Recipe.load("tiny", SETTINGS)
-    Trainer(recipe, catalogue, *sessions, tmp_path / "run", "cpu").save_checkpoint()
-    Trainer(recipe, catalogue, *sessions, tmp_path / "run", "cpu").resume()
+    for go_on in (Trainer.save_checkpoint, Trainer.resume):
+        go_on(Trainer(recipe, TrainingData(catalogue, *sessions), tmp_path / "run", "cpu"))
     others = [Sessions(part.values[::-1].copy(), part.offsets) for part in sessions]
     text = catalogue.modalities["text"]
     encoded = catalogue.modalities | {"text": replace(text, vectors=text.vectors[::-1].copy())}
@@ -136,15 +138,15 @@ def test_an_interrupted_run_is_not_resumed_with_other_data_of_the_same_sizes(dat
         (Catalogue(catalogue.items, encoded), *sessions),
     ):
         with pytest.raises(ConfigError, match="other settings or data: the data, the run that it starts from, or"):
-            Trainer(recipe, items, train_split, valid_split, tmp_path / "run", "cpu").resume()
+            Trainer(recipe, TrainingData(items, train_split, valid_split), tmp_path / "run", "cpu").resume()
 
 
 def test_settings_of_speed_may_change_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
     sessions = [Sessions.load(data / split).known() for split in ("train", "valid")]
-    catalogue, out = Catalogue.load(data / "catalogue"), tmp_path / "run"
+    read, out = TrainingData(Catalogue.load(data / "catalogue"), *sessions), tmp_path / "run"
     out.mkdir()
-    Trainer(Recipe.load("tiny", SETTINGS), catalogue, *sessions, out, "cpu").save_checkpoint()
+    Trainer(Recipe.load("tiny", SETTINGS), read, out, "cpu").save_checkpoint()
     changed = SETTINGS | {"train.checkpoint_minutes": 1.0, "train.cuda_graphs": False}
-    Trainer(Recipe.load("tiny", changed), catalogue, *sessions, out).resume()
+    Trainer(Recipe.load("tiny", changed), read, out).resume()
     with pytest.raises(ConfigError, match="number of processes"):
-        Trainer(Recipe.load("tiny", SETTINGS | {"train.accumulate": 2}), catalogue, *sessions, out).resume()
+        Trainer(Recipe.load("tiny", SETTINGS | {"train.accumulate": 2}), read, out).resume()

@@ -116,6 +116,13 @@ def test_models_change_under_load_without_a_failed_or_mixed_answer(
     assert versions_of(live) == [1, 2, 3]
     assert set(running.control.ready()) >= {"missrec", "missrec_v3", "missrec_v2"}
     assert "missrec_ranker_v1" not in running.control.ready()  # two versions stay loaded, no more
+    text = running.log_file.read_text(errors="replace")
+    loads = [
+        text.count(f'loading: {model}_v{version}:1"')
+        for model in ("missrec_sessions", "missrec_ranker")
+        for version in (1, 2, 3)
+    ]
+    assert loads == [1] * 6  # neither the switch nor the way back starts a model again that is loaded
 
 
 @pytest.mark.triton

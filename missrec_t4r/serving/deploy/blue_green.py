@@ -18,7 +18,9 @@ both complete, and a restarted server loads that one.
 from __future__ import annotations
 
 import logging
+import py_compile
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -283,10 +285,23 @@ def _add_version(folder: Path, bundle: Path, current: int | None, settings: Serv
         configs = {model: read_config(temporary / model) for model in MODELS}
         if current is not None and _is_version(folder, current, configs, temporary):
             return current
+        for part in _PARTS:
+            _compile(temporary / part / _CODE)
         for model in (*_PARTS, ENSEMBLE):  # the ensemble last: its folder makes the version complete
             write_config(temporary / model, _with_version(configs[model], version))
             (temporary / model).rename(folder / f"{model}_v{version}")
     return version
+
+
+def _compile(code: Path) -> None:
+    """Compile a model's code, as Python would when Triton first loads it.
+
+    To Triton a file that appears in a model's folder is a change: it would start the model anew at the next load, which
+    is that of the entry model, at the traffic switch. An embedded server runs this Python; another one compiles itself.
+    """
+    compiled = code.parent / "__pycache__" / f"{code.stem}.{sys.implementation.cache_tag}.pyc"
+    by_content = py_compile.PycInvalidationMode.CHECKED_HASH  # a copied folder has other times
+    py_compile.compile(str(code), str(compiled), optimize=0, doraise=True, invalidation_mode=by_content)
 
 
 def _is_version(folder: Path, version: int, configs: dict[str, ModelConfig], written: Path) -> bool:

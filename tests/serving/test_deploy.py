@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.shadow.grpc_proxy import GrpcShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy
 from missrec_t4r.serving.shadow.http_proxy import shadow as shadow_command
+from missrec_t4r.serving.triton import model_control, stubs
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, versions_of
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_config import read_config
@@ -186,6 +188,59 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(
     assert current_version(live) == version
     assert "missrec" in running.control.ready()
     shutil.rmtree(live / f"missrec_v{staged}")
+
+
+BUSY = """
+import os, pathlib, signal
+_initialize = TritonPythonModel.initialize
+def initialize(self, args):
+    with pathlib.Path({marker!r}).open("a") as file:
+        print(os.getpid(), file=file)
+    if len(pathlib.Path({marker!r}).read_text().split()) == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    _initialize(self, args)
+TritonPythonModel.initialize = initialize
+"""
+
+
+@pytest.mark.triton
+def test_a_load_that_triton_gave_up_on_a_busy_machine_is_repeated(
+    running: LocalTriton,
+    live: Path,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its process gets no time on the processor for two seconds: the load never returned, or the server crashed."""
+    before, version = asked(running), current_version(live)
+    with monkeypatch.context() as alone:
+        alone.setattr(Control, "find", lambda folder: None)  # files only: the server loads nothing yet
+        staged = deploy(live, bundle=bundle, switch=False)["version"]
+    marker = tmp_path / "processes"
+    with (live / f"missrec_ranker_v{staged}" / "1" / "model.py").open("a") as file:
+        file.write(BUSY.format(marker=str(marker)))
+    monkeypatch.setattr(stubs, "_IDLE_SECONDS", 2.0)
+    monkeypatch.setattr(model_control, "_LOAD_SECONDS", 60.0)
+
+    def go_on() -> None:
+        while not (marker.exists() and marker.read_text().endswith("\n")):
+            time.sleep(0.05)
+        time.sleep(2.2)
+        with suppress(ProcessLookupError):
+            os.kill(int(marker.read_text().split()[0]), signal.SIGCONT)
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    deploy(live, version=staged, switch=False)
+    other.join()
+    first, second = map(int, marker.read_text().split())
+    assert set(stubs.stubs_of(running.pid)) & {first, second} == {second}
+    assert f"Triton waits in vain for the end of missrec_ranker_v{staged}_0_0 (process {first})" in caplog.text
+    assert f"loading missrec_v{staged} again" in caplog.text
+    assert asked(running, f"missrec_v{staged}")
+    assert asked(running) == before
+    assert current_version(live) == version
 
 
 @pytest.mark.triton

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from missrec_t4r.serving.deploy.smoke_test import differences
 from missrec_t4r.serving.triton import model_control
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, start_arguments, versions_of
 from missrec_t4r.serving.triton.model_config import read_config
-from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control
+from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control, SilentError
 from missrec_t4r.serving.triton.ports import choose_ports
 from tests.meanwhile import beginning_inside
 
@@ -229,14 +231,43 @@ def test_a_server_that_does_not_answer_is_not_taken_for_none(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_control, "_SECONDS", 0.5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "triton.log").write_text("loading: missrec_ranker_v1\n")
     deploy(tmp_path / "models", bundle=bundle)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        Control(f"127.0.0.1:{silent.getsockname()[1]}", "0" * 32, os.getpid()).write(tmp_path / "models")
-        with pytest.raises(ServingError, match="does not answer: listing the models took too long"):
+        url, log = f"127.0.0.1:{silent.getsockname()[1]}", str(tmp_path / "triton.log")
+        Control(url, "0" * 32, os.getpid(), log).write(tmp_path / "models")
+        with pytest.raises(ServingError, match="does not answer: listing the models took too long") as refused:
             deploy(tmp_path / "models", bundle=bundle, threads=2)
+    (evidence,) = tmp_path.glob("missrec-triton-*.txt")
+    assert str(evidence) in str(refused.value)
+    kept = evidence.read_text()
+    assert "loading: missrec_ranker_v1" in kept
+    assert f"process {os.getpid()}: the server" in kept
+    assert f"  {threading.get_native_id()} " in kept
     assert current_version(tmp_path / "models") == 1
+
+
+def test_a_load_without_an_answer_is_not_followed_by_another_wait(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = tmp_path / "models", []
+    deploy(folder, bundle=bundle)
+
+    def load(control: Control, model: str) -> None:
+        asked.append(model)
+        raise SilentError("loading took too long")
+
+    monkeypatch.setattr(Control, "find", lambda folder: Control("127.0.0.1:1", "0" * 32, os.getpid()))
+    monkeypatch.setattr(Control, "ready", lambda control: {"missrec_v1": "1"})
+    monkeypatch.setattr(Control, "load", load)
+    monkeypatch.setattr(Control, "unload", load)
+    with pytest.raises(SilentError, match="loading took too long"):
+        deploy(folder, bundle=bundle, threads=2)
+    assert asked == ["missrec_v2"]
+    assert current_version(folder) == 1
 
 
 def answer(*items: tuple[str, float]) -> list[Recommendation]:

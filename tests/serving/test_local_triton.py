@@ -18,9 +18,11 @@ from tritonclient.utils import InferenceServerException
 from missrec_t4r.errors import ServingError
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.triton import local_server as local_triton
+from missrec_t4r.serving.triton import stubs
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_control import CLOSED, HEADER
 from missrec_t4r.serving.triton.ports import choose_ports
+from missrec_t4r.serving.triton.stubs import Stub, StubWatch
 
 pytestmark = pytest.mark.triton
 
@@ -162,3 +164,28 @@ def test_the_key_is_another_one_at_every_start_and_in_no_log(server: LocalTriton
     assert server.control.key not in server.log_file.read_text(errors="replace")
     assert len(CLOSED) == 4
     assert not (exported / "repository" / ".server.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("awaited", "state", "share", "ended"),
+    [
+        (True, "S", 0.001, True),
+        (False, "S", 0.001, False),  # it is loaded and waits for requests
+        (True, "R", 0.5, False),  # it ends, and frees its memory
+        (True, "T", 0.0, False),  # somebody examines it
+        (True, "Z", 0.0, False),
+    ],
+)
+def test_only_a_process_that_triton_waits_for_and_that_does_nothing_is_ended(
+    monkeypatch: pytest.MonkeyPatch, awaited: bool, state: str, share: float, ended: bool
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(stubs, "awaited_by", lambda server: {7} if awaited else set())
+    monkeypatch.setattr(stubs, "stubs_of", lambda server: {7: Stub(7, "missrec_ranker_0_0", state, share * clock[0])})
+    watch = StubWatch(os.getpid())
+    watch.stop()
+    seen = []
+    for second in range(15):
+        clock[0] = float(second)
+        seen.append(list(watch.idle(clock[0])))
+    assert seen == [[]] * 10 + [[7]] * 5 if ended else seen == [[]] * 15

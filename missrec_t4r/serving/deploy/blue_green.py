@@ -51,7 +51,7 @@ from missrec_t4r.serving.triton.deployment import (
     versions_of,
 )
 from missrec_t4r.serving.triton.model_config import read_config, settings_of, write_config
-from missrec_t4r.serving.triton.model_control import Control
+from missrec_t4r.serving.triton.model_control import Control, SilentError
 from missrec_t4r.serving.triton.repository import (
     BUNDLE_IN_REPOSITORY,
     ENSEMBLE,
@@ -241,8 +241,9 @@ def _activate(folder: Path, version: int, *, switch: bool) -> dict[str, Any]:
     try:
         control.load(ensemble_of(version))
         result = smoke_test(control.grpc_url, ensemble_of(version), bundle_of(folder, version))
-    except (ServingError, ParityError):
-        if not was_loaded:  # else it serves the traffic, or it is the one to roll back to
+    except (ServingError, ParityError) as error:
+        # A loaded one serves the traffic, or is the one to roll back to; a server that is silent would not answer
+        if not was_loaded and not isinstance(error, SilentError):
             _unload(control, version)
         raise
     if not switch:

@@ -30,6 +30,7 @@ from missrec_t4r.serving.triton.environment import EmbeddedTriton, reason_in
 from missrec_t4r.serving.triton.model_control import Control, restrictions
 from missrec_t4r.serving.triton.ports import LOOPBACK, choose_ports, grpc_server_name, has_metrics, server_name
 from missrec_t4r.serving.triton.repository import ENSEMBLE
+from missrec_t4r.serving.triton.stubs import UNHEALTHY, StubWatch
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ SHARED_BYTES = 16 << 20
 """Initial shared memory of a model. Triton's default of 1 MiB has to grow under the first requests, and growing while
 another model loads has crashed the server (docs/reliability.md)."""
 _ATTEMPTS = 4
-"""Another process may take a free port after it was chosen and before Triton binds it: then others are chosen."""
+"""Another process may take a free port after it was chosen and before Triton binds it: then others are chosen. A busy
+machine may keep a model from answering Triton for a second while it loads (`stubs`)."""
 _PORT_TAKEN = ("already in use", "failed to start", "unavailable for")
 """Fragments of Triton's log messages when it could not bind a port."""
 _OTHER_VERSION = (
@@ -94,13 +96,14 @@ class LocalTriton:
         self._timeout, self._arguments = timeout, arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._stub_watch: StubWatch | None = None
         self._folder: Path | None = None
         self._name = self._key = ""
 
     @property
     def control(self) -> Control:
         """Admin client that loads and unloads models in this server."""
-        return Control(self.grpc_url, self._key, self.pid)
+        return Control(self.grpc_url, self._key, self.pid, str(self.log_file))
 
     @property
     def http_url(self) -> str:
@@ -148,7 +151,7 @@ class LocalTriton:
                 break
             except BaseException as error:
                 self.stop()
-                if attempt == _ATTEMPTS or not self._lost_a_port(error):
+                if attempt == _ATTEMPTS or not (self._lost_a_port(error) or UNHEALTHY in str(error)):
                     raise
         if is_deployment(self.repository):
             self.control.write(self.repository)
@@ -159,6 +162,9 @@ class LocalTriton:
 
     def stop(self) -> None:
         """Stop the server and its models, and remove temporary files; does nothing when no server runs."""
+        if self._stub_watch is not None:
+            self._stub_watch.stop()
+            self._stub_watch = None
         if self._process is not None:
             if self._key and is_deployment(self.repository):
                 Control.remove(self.repository, self._process.pid)
@@ -205,6 +211,7 @@ class LocalTriton:
                 start_new_session=True,
             )
         self._watchdog = start_watchdog(self._process.pid, folder)
+        self._stub_watch = StubWatch(self._process.pid)
 
     def _lost_a_port(self, error: BaseException) -> bool:
         could_choose = isinstance(error, ServingError) and 0 in self._requested_ports.values()

@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from tritonclient.utils import InferenceServerException
 
 from missrec_t4r.errors import ServingError, UnavailableError
 from missrec_t4r.io.atomic import atomic_write_file
+from missrec_t4r.serving.triton.stubs import UNHEALTHY, write_evidence
+
+log = logging.getLogger(__name__)
 
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 """Parts of Triton's API that clients do not need: loading code, naming memory of the machine, writing files."""
@@ -29,6 +33,8 @@ SERVER_FILE = ".server.json"
 _SECONDS = 10.0
 _LOAD_SECONDS = 600.0
 """Loading a model of a million items takes minutes: Triton reads and verifies the whole bundle."""
+_LOADS = 3
+"""How often a load is tried that Triton gave up because the machine was busy."""
 
 
 class SilentError(ServingError):
@@ -50,6 +56,8 @@ class Control:
     key: str
     pid: int
     """Process id of the server."""
+    log_file: str = ""
+    """Its log; empty where an earlier version started it."""
 
     def write(self, repository: Path) -> None:
         """Write the key beside the models, readable by the owner alone."""
@@ -99,13 +107,22 @@ class Control:
     def load(self, model: str) -> None:
         """Load or reload a model with everything it consists of; returns when it is ready.
 
+        Triton gives a process up that shows no sign of life for a second, as on a busy machine: then it is tried again.
+
         Raises
         ------
         ServingError
             It cannot be loaded; the server goes on serving what it had.
         """
-        with self._client(f"loading {model}") as client:
-            client.load_model(model, headers=self._headers, client_timeout=_LOAD_SECONDS)
+        for attempt in range(1, _LOADS + 1):
+            try:
+                with self._client(f"loading {model}") as client:
+                    client.load_model(model, headers=self._headers, client_timeout=_LOAD_SECONDS)
+                return
+            except ServingError as error:
+                if UNHEALTHY not in str(error) or attempt == _LOADS:
+                    raise
+                log.warning(f"loading {model} again, as the machine was too busy for Triton's check: {error}")
 
     def unload(self, model: str) -> None:
         """Unload a model and what only it consists of; requests in flight are answered first."""
@@ -132,7 +149,9 @@ class Control:
         except InferenceServerException as error:
             if "StatusCode.DEADLINE_EXCEEDED" in str(error.status()):
                 found = f"the server at {self.grpc_url} (process {self.pid}) does not answer: {action} took too long"
-                raise SilentError(found, "an answer", "look into its log, or restart it") from error
+                evidence = write_evidence(self.pid, self.log_file)
+                cure = f"{evidence} has its log, and what its processes wait for; restart it"
+                raise SilentError(found, "an answer", cure) from error
             if "StatusCode.UNAVAILABLE" in str(error.status()):
                 raise UnavailableError(f"no answer from {self.grpc_url} ({error})", "a running server") from error
             raise ServingError(f"the server at {self.grpc_url} refused {action}: {error}") from error

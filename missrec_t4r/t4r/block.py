@@ -102,8 +102,8 @@ class MISSRecBlock(BlockBase):
         -------
         Tensor [batch, column, dim]
             The row's unit-length session vector, the same at every position, since T4R's tasks differ in the position
-            that they read (the last visible one, the first, the mean). In a training step with a target at every
-            position: the vector of the items up to it, after the last item that item's.
+            that they read (the last visible one, the first, the mean). The vectors of all positions, which a training
+            step with a target at every position needs, are in `StepState`.
         """
         if self.core is None:
             raise ConfigError(
@@ -130,12 +130,11 @@ class MISSRecBlock(BlockBase):
         else:
             encoded = self.core.encode(sessions.item_ids, last_only=last_only, event_features=event_features)
             self.state.put(encoded)
-        if last_only:
-            return encoded.vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
-        last = ((sessions.item_ids > 0).sum(1, keepdim=True) - 1).clamp_min(0)
-        column = torch.arange(inputs.shape[1], device=inputs.device) - sessions.window[:, :1]
-        at = torch.minimum(column.clamp_min(0), last)  # [batch, column]
-        return encoded.vectors.gather(1, at.unsqueeze(-1).expand(-1, -1, encoded.vectors.shape[-1]))
+        vectors = encoded.vectors  # [batch, dim], or with a target at every position [batch, seq, dim]
+        if not last_only:
+            last = ((sessions.item_ids > 0).sum(1) - 1).clamp_min(0)  # [batch]
+            vectors = vectors[torch.arange(len(last), device=last.device), last]
+        return vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ConfigError(

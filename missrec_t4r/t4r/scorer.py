@@ -31,7 +31,7 @@ class T4RScorer:
     Parameters
     ----------
     model : tr.Model
-        With one head and one next-item prediction task; ours or T4R's own.
+        With one head and one next-item prediction task, ours or T4R's own; other tasks beside it are left out.
     catalogue : Catalogue
         Its rows are the ids of the model's item column.
     max_sequence_length : int, optional
@@ -44,13 +44,16 @@ class T4RScorer:
     """
 
     def __init__(self, model: tr.Model, catalogue: Catalogue, max_sequence_length: int | None = None) -> None:
-        tasks = [task for head in model.heads for task in head.prediction_task_dict.values()]
-        if len(tasks) != 1 or not isinstance(tasks[0], tr.NextItemPredictionTask):
+        tasks = {name: task for head in model.heads for name, task in head.prediction_task_dict.items()}
+        next_item = [name for name, task in tasks.items() if isinstance(task, tr.NextItemPredictionTask)]
+        if len(next_item) != 1 or len(model.heads) != 1:
             raise ConfigError(
-                f"a T4R model with the tasks {', '.join(type(task).__name__ for task in tasks)}",
-                "one NextItemPredictionTask",
-                "compare the model of the next-item task alone",
+                f"a T4R model of {len(model.heads)} heads, with the tasks "
+                f"{', '.join(type(task).__name__ for task in tasks.values())}",
+                "one head, and one NextItemPredictionTask among its tasks",
+                "compare a model of this head: tr.Model(head)",
             )
+        self.task = next_item[0] if len(tasks) > 1 else None
         inputs = model.heads[0].body.inputs if hasattr(model.heads[0].body, "inputs") else model.heads[0].body[0]
         self.model, self.catalogue, self.length = model, catalogue, max_sequence_length or _stated_length(inputs)
         self.item = inputs.categorical_module.item_id
@@ -85,7 +88,8 @@ class T4RScorer:
                 "load the sessions with these event features",
             )
         with evaluating(self.model):
-            scores: Tensor = self.model(batch).float()
+            output = self.model(batch)
+        scores: Tensor = (output if self.task is None else output[self.task]).float()
         if scores.shape != (len(histories), self.catalogue.n_rows):
             raise SchemaError(
                 f"scores of shape {tuple(scores.shape)}",

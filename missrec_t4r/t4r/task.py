@@ -81,8 +81,8 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         Raises
         ------
         ConfigError
-            The body has no `MISSRecBlock`, its inputs are not ours, a task block was given, or the settings of the
-            three contradict each other.
+            The body has no `MISSRecBlock`, or another module after it, its inputs are not ours, a task block was given,
+            or the settings of the three contradict each other.
         """
         inputs = inputs or getattr(body, "inputs", None)
         blocks = [module for module in body.modules() if isinstance(module, MISSRecBlock)]
@@ -96,7 +96,15 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             raise ConfigError(
                 "a task block for MISSRecNextItemTask", "none: candidates are scored by the session vector"
             )
-        block = blocks[0]
+        block, last = blocks[0], body
+        while isinstance(last, nn.Sequential) and block in last.modules():
+            last = last[-1]
+        if block not in last.modules():
+            raise ConfigError(
+                f"a {type(last).__name__} after MISSRecBlock",
+                "the block as the body's last module: candidates are scored by its session vector",
+                "leave the module out, or give it to another task as its task_block",
+            )
         config = merged([block.settings, inputs.settings, self.settings])
         core = block.core if block.core is not None else _build_core(config, inputs, block)
         if core.config != config:
@@ -170,7 +178,11 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             row, column = torch.arange(len(labels), device=labels.device), (labels != self.padding_idx).int().argmax(1)
         else:
             row, column = torch.nonzero(labels != self.padding_idx, as_tuple=True)
-        target, vectors = labels[row, column].long(), inputs[row, column]
+        target = labels[row, column].long()
+        if sessions.every_position:  # the vector of the items up to each, where the body has the session's everywhere
+            vectors = state.encoded.vectors[row, column - sessions.window[row, 0]]
+        else:
+            vectors = inputs[row, column]
         history = sessions.item_ids[row] * (sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
         candidates = state.candidates(core)
         is_last: Tensor | slice = slice(None)

@@ -75,6 +75,17 @@ def test_a_model_in_memory_is_a_system_too(data: Path, saved: dict[str, Path]) -
     assert set(result["protocols"]) == {EXCLUDED, KEPT_STRICT, KEPT_WITH_HISTORY_TERM}
 
 
+def test_a_model_of_several_tasks_is_ranked_by_its_next_item_task(data: Path) -> None:
+    catalogue, alone = Catalogue.load(data / "catalogue"), missrec(data)
+    body, task = alone.heads[0].body, alone.heads[0].prediction_task_dict["next-item"]
+    several = tr.Model(tr.Head(body, [tr.BinaryClassificationTask("click"), task], inputs=body.inputs))
+    histories, _ = Sessions.load(data / "test", ()).split_last()
+    assert torch.equal(T4RScorer(several, catalogue)(histories), T4RScorer(alone, catalogue)(histories))
+    click = tr.Model(tr.Head(body, [tr.BinaryClassificationTask("click")], inputs=body.inputs))
+    with pytest.raises(ConfigError, match="tasks BinaryClassificationTask; expected: one head, and one NextItemPred"):
+        T4RScorer(click, catalogue)
+
+
 def test_a_pickle_is_read_with_consent_only(data: Path, saved: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="can run any code when it is read; expected: your consent.*add trust_pickle=True"

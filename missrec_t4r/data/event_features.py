@@ -193,7 +193,7 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
     file = Path(data) / SCHEMA_FILE
     if setting == NONE or (setting == AUTO and not file.is_file()):
         return ()
-    encodings, available = _encodings(data), {}
+    encodings, available = stored_encodings(data), {}
     for column in read_schema(file):
         name = column.name.removesuffix(LIST_SUFFIX)
         if (kind := _kind(column)) is not None:
@@ -218,10 +218,10 @@ def event_columns(data: str | Path, setting: str, width: int) -> tuple[EventColu
 
 def encoded_values(data: str | Path) -> dict[str, tuple[str | float, ...]]:
     """Return the raw values of categorical event features that the ETL stored, by column."""
-    return {name: values for name, (values, _) in _encodings(data).items()}
+    return {name: values for name, (values, _) in stored_encodings(data).items()}
 
 
-def _encodings(data: str | Path) -> dict[str, tuple[tuple[str | float, ...], tuple[Step, ...]]]:
+def stored_encodings(data: str | Path) -> dict[str, tuple[tuple[str | float, ...], tuple[Step, ...]]]:
     """Return the raw values of every column, and what the ETL's workflow computes of its raw numbers."""
     file = Path(data) / SESSION_TRANSFORM_FILE
     features = read_json(file).get("features", {}) if file.is_file() else {}
@@ -243,7 +243,7 @@ def load_sessions(data: str | Path, split: str, columns: Sequence[EventColumn] =
         The split lacks a column.
     """
     sessions = Sessions.load(Path(data) / split, [column.name for column in columns])
-    encodings, features = _encodings(data), {}
+    encodings, features = stored_encodings(data), {}
     for column in columns:
         values = sessions.features[column.name]
         data_values, data_steps = encodings.get(column.name, ((), ()))
@@ -295,6 +295,18 @@ def fit_event_columns(columns: Sequence[EventColumn], train: Sessions) -> tuple[
         A column's values do not fit its tag.
     """
     return tuple(_fitted(column, np.asarray(train.features[column.name])) for column in columns)
+
+
+def fit_event_features(data: str | Path, setting: str = AUTO, width: int = 32) -> tuple[EventColumn, ...]:
+    """Choose the event features of a data folder and fit them to its training split, for a script of Transformers4Rec.
+
+    Parameters
+    ----------
+    data, setting, width
+        As in `event_columns`.
+    """
+    columns = event_columns(data, setting, width)
+    return fit_event_columns(columns, load_sessions(data, "train", columns).known())
 
 
 def _fitted(column: EventColumn, values: AnyArray) -> EventColumn:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import transformers4rec.torch as tr
 from transformers4rec.config.trainer import T4RecTrainingArguments
+from transformers4rec.torch.utils.data_utils import dataloader_registry
 
 from missrec_t4r.config import Recipe, TrainConfig
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.data.event_features import load_sessions
+from missrec_t4r.data.event_features import load_sessions, stored_encodings
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ParityError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
@@ -30,6 +31,8 @@ from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs import run_folder
 from missrec_t4r.schema import CATALOGUE_FOLDER
 from missrec_t4r.t4r.build import missrec_block, to_core
+from missrec_t4r.t4r.loader import PrefixLoader
+from missrec_t4r.t4r.task import MISSRecNextItemTask
 from missrec_t4r.training import distributed
 
 log = logging.getLogger(__name__)
@@ -96,8 +99,14 @@ def save_run(
             "the catalogue that the model was built with",
             "give the data folder of the training: save_run(..., data=...)",
         )
+    _take_encodings(core, folder)
     train, valid = (load_sessions(folder, split, core.event_columns) for split in _SPLITS)
     train, valid = train.known(), valid.with_known_target()
+    tasks = {name: task for head in model.heads for name, task in head.prediction_task_dict.items()}
+    if others := [name for name, task in tasks.items() if not isinstance(task, MISSRecNextItemTask)]:
+        log.warning(f"{out} holds the next-item task alone; model.save(folder) also keeps {', '.join(others)}")
+    if trainer is not None:
+        _warn_of_short_rows(trainer, core, train)
     info: dict[str, Any] = {"trainer": "t4r"}
     settings = dataclasses.replace(TrainConfig.paper(), id_init=missrec_block(model).id_init)
     if trainer is not None:
@@ -125,6 +134,37 @@ def save_run(
                 check=lambda written: _require_parity(core, catalogue, written, folder, valid),
             )
     return {"run": str(out), **info}  # without waiting: a script may call this in its first process alone
+
+
+def _take_encodings(core: MISSRec, data: Path) -> None:
+    """Give event features that were built from a schema the raw values and steps of the data folder's workflow.
+
+    Without them the folder's numbers would be taken back to raw ones, which the model was not trained on, and requests
+    would have to hold codes.
+    """
+    if core.event_features is None:
+        return
+    stored, encoder = stored_encodings(data), core.event_features.encoder
+    encoder.columns = tuple(
+        column
+        if column.values or column.steps or column.name not in stored
+        else dataclasses.replace(column, values=stored[column.name][0], steps=stored[column.name][1])
+        for column in encoder.columns
+    )
+
+
+def _warn_of_short_rows(trainer: tr.Trainer, core: MISSRec, train: Sessions) -> None:
+    """Warn where the trainer's loader gave the model less of a session than the run reads."""
+    most, engine = trainer.args.max_sequence_length, trainer.args.data_loader_engine
+    if most is None or trainer.train_dataloader is not None:
+        return
+    seen = most if dataloader_registry.parse(engine) is PrefixLoader else most - 1
+    reads = min(core.config.max_sequence_length, int(train.lengths.max(initial=1)) - 1)
+    if seen < reads:
+        log.warning(
+            f"trained on at most {seen} items of a session (max_sequence_length={most} of T4RecTrainingArguments), and "
+            f"the run reads up to {reads}: later positions are untrained. Give both the same length"
+        )
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers4rec.torch as tr
@@ -25,8 +27,11 @@ from missrec_t4r.runs.run_folder import load_run
 from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.t4r.build import to_core
 from missrec_t4r.t4r.task import _top_items_of_a_trace
+from missrec_t4r.training.warm_start.nightly import load_continued
+from missrec_t4r.training.warm_start.transfer import read_source
 from tests import processes
 from tests.contract import shop
+from tests.shop import make_catalogue
 
 
 def by_hand(**changes: Any) -> tr.Model:
@@ -149,6 +154,66 @@ def test_a_run_beside_whose_files_its_data_lie_is_replaced_since_they_must_stay(
     assert f"{out} held a finished run, which is replaced: {out / 'data'} could not stay" in caplog.text
     assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
     assert load_run(out).catalogue.n_rows == to_core(model).item_encoder.n_rows
+
+
+def test_a_run_reads_event_features_as_the_model_was_trained_on_them(data: Path, tmp_path: Path) -> None:
+    """A workflow's steps on numbers are not taken back, and requests hold raw values, not codes."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    colours = [f"colour {code}" for code in range(shop.N_CATEGORIES - 3)]
+    price = {"kind": "continuous", "steps": [["log1p"], ["standardise", 0.4, 0.2]]}
+    transform = {"features": {"category": {"kind": "categorical", "values": colours}, "price": price}}
+    (folder / "session_transform.json").write_text(json.dumps(transform), encoding="utf-8")
+    model = by_hand(n_neighbours=0, n_similar_items=0, cold_start_exposure=0.0)
+    trainer = a_trainer(model, folder, tmp_path / "t4r")
+    trainer.train()
+    info = mr.save_run(model, trainer=trainer, out=tmp_path / "run")
+    ndcg = info["valid"]["kept_with_history_term"]["ndcg@10"]
+    assert ndcg == pytest.approx(trainer.evaluate()["eval_/next-item/ndcg_at_10"], abs=1e-6)
+    category, number = load_run(tmp_path / "run").model.event_columns
+    assert category.encode(["colour 1", None, "mauve"]).tolist() == [4, 0, 2]
+    assert number.encode([0.5]) == pytest.approx((np.log1p(0.5) - 0.4) / 0.2)
+
+
+def test_a_script_goes_on_with_new_items_from_the_run_of_before(data: Path, tmp_path: Path) -> None:
+    """As docs/t4r_contract.md says: weights follow the raw ids, whatever rows a new fit of the workflow gives them."""
+    before = by_hand()
+    mr.save_run(before, out=tmp_path / "run", data=data)
+    former, ids = shop.catalogue(), shop.catalogue().items["item_id"].to_pylist()
+    order = list(reversed(range(len(ids))))
+    modalities = {}
+    for name, modality in former.modalities.items():
+        vectors = np.concatenate(
+            [np.zeros((3, modality.width)), modality.vectors[3:][order], np.ones((2, modality.width))]
+        )
+        modalities[name] = mr.Modality(vectors.astype(np.float32), vectors.any(1))
+    grown = make_catalogue([*(ids[place] for place in order), "new 1", "new 2"], modalities, np.full(len(ids) + 2, 4))
+    config, schema = to_core(before).config, shop.schema(maximum=grown.n_rows - 1)
+    inputs = mr.MultiModalSequenceFeatures.from_schema(schema, catalogue=grown, config=config)
+    body = tr.SequentialBlock(inputs, mr.MISSRecBlock(config=config))
+    model = tr.Model(tr.Head(body, [mr.MISSRecNextItemTask()], inputs=inputs))
+    _, items = load_continued(mr.to_core(model), grown, read_source(tmp_path / "run"))
+    assert items == {"kept": len(ids), "new": 2, "retired": 0}
+    one, other = (to_core(each).item_encoder.id_embedding.weight.detach() for each in (before, model))
+    torch.testing.assert_close(other[3:-2], one[3:].flip(0))
+    model.train()
+    rows = torch.tensor([[3, 4, grown.n_rows - 1, 5]])
+    batch = {"item_id-list": rows, "category-list": rows % 8, "price-list": rows / 120}
+    model(batch, training=True)["loss"].backward()
+    assert to_core(model).item_encoder.id_embedding.weight.grad[-1].any(), "new items are trained as well"
+
+
+def test_what_a_run_does_not_hold_of_a_script_is_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = by_hand()
+    head = model.heads[0]
+    head.prediction_task_dict["click"] = tr.BinaryClassificationTask("click", task_name="click")
+    trainer = a_trainer(model, data, tmp_path / "t4r", data_loader_engine="missrec", max_sequence_length=4)
+    mr.save_run(model, trainer=trainer, out=tmp_path / "run")
+    assert "holds the next-item task alone; model.save(folder) also keeps click" in caplog.text
+    assert "trained on at most 4 items of a session (max_sequence_length=4" in caplog.text
+    assert f"the run reads up to {shop.MAX_LENGTH}" in caplog.text
 
 
 def test_the_default_learning_rate_of_transformers_is_reported(

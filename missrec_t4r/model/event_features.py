@@ -117,6 +117,23 @@ class EventFeatureEncoder(nn.Module):
             parts.append(torch.where(known.unsqueeze(-1), vector, absent))
         return torch.cat(parts, -1)
 
+    def out_of_reach(self, values: EventValues, real: Tensor) -> list[str]:
+        """Return the columns of numbers most of which are beyond the range that a soft one-hot tells apart.
+
+        Parameters
+        ----------
+        values : mapping of str to Tensor [batch, seq]
+        real : Tensor [batch, seq], bool
+            True where there is an event.
+        """
+        names = []
+        for column, encoder in zip(self.columns, self.encoders, strict=True):
+            if isinstance(encoder, _Number) and (value := values.get(column.name)) is not None:
+                scaled, known = encoder.scaled(value[real])
+                if int((scaled.abs() > _REACH).sum()) > int(known.sum()) / 2:
+                    names.append(column.name)
+        return names
+
     def _dropped(self, item_ids: Tensor) -> Tensor | None:
         """Return which sessions lose which columns, [batch, column]."""
         if not self.training or not self.dropout:
@@ -150,12 +167,17 @@ class _Number(nn.Module):
         self.weight = nn.Parameter(torch.empty(_BINS, column.width))
         self.register_buffer("centres", torch.linspace(-_REACH, _REACH, _BINS), persistent=False)
 
-    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def scaled(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the standardised numbers, and which of them are known."""
         number = value.to(self.centres.dtype)
         known = torch.isfinite(number)
         number = torch.where(known, number, 0.0)
         number = torch.log1p(number.clamp_min(0.0)) if self.log else number
-        scaled = ((number - self.mean) / self.std).clamp(-_REACH, _REACH)
+        return (number - self.mean) / self.std, known
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        scaled, known = self.scaled(value)
+        scaled = scaled.clamp(-_REACH, _REACH)
         distance = (scaled.unsqueeze(-1) - self.centres) * ((_BINS - 1) / (2 * _REACH))  # in bins
         return torch.softmax(-distance.square(), -1) @ self.weight, known
 

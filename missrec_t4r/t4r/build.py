@@ -91,7 +91,9 @@ def from_core(core: MISSRec, schema: Any, catalogue: Catalogue, *, top_k: int | 
     """
     if core.item_encoder.n_rows != catalogue.n_rows:
         raise ConfigError(
-            f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows}", "the same catalogue"
+            f"a model of {core.item_encoder.n_rows} rows and a catalogue of {catalogue.n_rows}",
+            "the same catalogue",
+            "for another one build a new model, and load_continued(to_core(model), catalogue, read_source(RUN))",
         )
     block = MISSRecBlock(config=core.config)
     block.core = core

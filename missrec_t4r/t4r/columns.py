@@ -59,14 +59,16 @@ def item_column(schema: Schema, n_rows: int | None = None) -> ColumnSchema:
     Raises
     ------
     SchemaError
-        No column, or several, tagged ITEM_ID; it is no list of integers; or its domain has rows that the catalogue
+        No list column, or several, tagged ITEM_ID; it is no list of integers; or its domain has rows that the catalogue
         lacks.
     """
     tagged = list(schema.select_by_tag(Tags.ITEM_ID))
+    if len(tagged) > 1:  # NVTabular tags the count of a session's items, and its first one, as the items themselves
+        tagged = [column for column in tagged if is_list(column)] or tagged
     if len(tagged) != 1:
         raise SchemaError(
             f"{len(tagged)} columns tagged ITEM_ID among {schema.column_names}",
-            "exactly one",
+            "exactly one list",
             "tag the item column in the workflow, or drop the others with schema.select_by_name",
         )
     column = tagged[0]
@@ -97,6 +99,19 @@ def event_feature_schema(schema: Schema, item: str) -> Schema:
         and Tags.TARGET not in column.tags
     ]
     return schema.select_by_name(names)
+
+
+def one_per_session(schema: Schema) -> list[str]:
+    """Return the columns with one value for a session that T4R's inputs would read, and ours do not.
+
+    T4R repeats such a value at every event. Ids, and what NVTabular derives from the item column, are no features.
+    """
+    others = {Tags.ID, Tags.TARGET}
+    return [
+        column.name
+        for column in schema
+        if not is_list(column) and set(EVENT_FEATURE_TAGS) & set(column.tags) and not others & set(column.tags)
+    ]
 
 
 def event_feature_name(column: str) -> str:

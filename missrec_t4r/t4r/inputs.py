@@ -22,8 +22,15 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.event_features import AUTO, NONE, EventColumn
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.model.event_features import EventFeatureEncoder
-from missrec_t4r.schema import LIST_SUFFIX, UNKNOWN_ROW
-from missrec_t4r.t4r.columns import as_core_schema, event_column, event_feature_name, event_feature_schema, item_column
+from missrec_t4r.schema import FIRST_ITEM_ROW, LIST_SUFFIX, NULL_ROW, UNKNOWN_ROW
+from missrec_t4r.t4r.columns import (
+    as_core_schema,
+    event_column,
+    event_feature_name,
+    event_feature_schema,
+    item_column,
+    one_per_session,
+)
 from missrec_t4r.t4r.loader import PREFIX_ROWS
 from missrec_t4r.t4r.masking import PrefixMasking
 from missrec_t4r.t4r.settings import PartSettings
@@ -92,6 +99,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
 
     n_rows = 0
     """Rows of the catalogue; 0 before a `Head` joins the inputs with a core, and in models of earlier versions."""
+    checked_event_features = False
+    """Whether the event features of a training batch were looked at."""
 
     def __init__(
         self,
@@ -130,7 +139,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         masking: str | PrefixMasking = "prefix",
         embedding_dim_default: int | None = None,
         continuous_projection: int | Sequence[int] | None = None,
-        event_features: Sequence[EventColumn] | None = None,
+        event_features: str | Sequence[EventColumn] | None = None,
         **settings: Any,
     ) -> MultiModalSequenceFeatures:
         """Read the columns from the schema, as T4R's inputs do.
@@ -139,8 +148,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         ----------
         schema : merlin.schema.Schema or merlin_standard_lib.Schema
             Must have one integer list column tagged ITEM_ID. Every other list column tagged CATEGORICAL, CONTINUOUS or
-            EMBEDDING is an event feature; choose with ``schema.select_by_name``, as for T4R, or by the config's
-            ``event_features``.
+            EMBEDDING is an event feature; choose with ``schema.select_by_name``, as for T4R, or by ``event_features``.
+            Columns with one value for a session are not read, which the log says.
         catalogue : Catalogue
             Its rows are the ids of the item column.
         config : MISSRecConfig, optional
@@ -152,9 +161,10 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             ``event_feature_width``.
         continuous_projection : int or sequence of int, optional
             Embedding width of a number (T4R's last layer); by default that of a category.
-        event_features : sequence of EventColumn, optional
-            The event features with their statistics (`missrec_t4r.data.event_features.fit_event_columns`), in place of
-            those of the schema, which has none: its numbers are used as the workflow left them.
+        event_features : str or sequence of EventColumn, optional
+            The setting of the same name (``"price,category"``); or the event features with their statistics
+            (`missrec_t4r.data.event_features.fit_event_features`), in place of those of the schema, which has none: its
+            numbers are used as the workflow left them.
         **settings
             Any setting of `MISSRecConfig`, such as ``max_sequence_length`` or ``item_ids``; they win over ``config``.
 
@@ -173,11 +183,27 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
             )
         if embedding_dim_default is not None:
             settings = {"event_feature_width": embedding_dim_default, **settings}
+        if isinstance(event_features, str):
+            settings, event_features = {"event_features": event_features, **settings}, None
         part = PartSettings("MultiModalSequenceFeatures", config, settings)
         core_schema = as_core_schema(schema)
-        item = item_column(core_schema, catalogue.n_rows).name
+        column = item_column(core_schema, catalogue.n_rows)
+        item, domain = column.name, column.int_domain
+        if domain is not None and domain.max is not None and domain.max in (catalogue.n_items, catalogue.n_items - 1):
+            log.warning(
+                f"the schema has ids of {item!r} up to {int(domain.max)}, as if the catalogue's {catalogue.n_items} "
+                f"items were numbered from {int(domain.max) - catalogue.n_items + 1}: they are rows from "
+                f"{FIRST_ITEM_ROW}. If so, every id means another item: make the catalogue of your workflow with "
+                "`missrec catalogue adopt`"
+            )
         columns = event_feature_schema(core_schema, item)
         if event_features is None:
+            if (left := one_per_session(core_schema)) and part["event_features"] == AUTO:
+                log.warning(
+                    f"not read: {', '.join(left)}, with one value for a session. Columns of events are read: "
+                    'aggregate them as lists in the workflow (Groupby(aggs={"country": ["list"]})), or leave them out '
+                    "of the schema"
+                )
             columns = _chosen(columns, part["event_features"])
             width = part["event_feature_width"]
             number_width = continuous_projection or width
@@ -215,6 +241,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         if (training or testing) and not are_prefixes and self.checked_batches < _CHECKED_BATCHES:
             self._warn_of_cut_rows(inputs[item])
         columns = _left_align(inputs, item)
+        if training and not self.checked_event_features:
+            self._check_event_features(inputs, columns, item)
         all_targets = training and self.masking.cut == "all" and not are_prefixes
         if all_targets and self.causal:
             visible = self._all_positions(columns[item])
@@ -241,12 +269,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         )
         if self.event_features is None:
             return torch.zeros(*visible.shape, 1, device=visible.device)
-        values = {
-            self.event_feature_names[name]: values
-            for name, values in columns.items()
-            if name in self.event_feature_names
-        }
-        embedded: Tensor = self.event_features(values, columns[item])
+        nullable = {column.name for column in self.event_features.columns if column.values}
+        features = {}
+        for name, short in self.event_feature_names.items():
+            if name in columns:
+                values = columns[
+                    name
+                ]  # a null (1) is a missing value where raw values are known, as in `load_sessions`
+                features[short] = torch.where(values == NULL_ROW, 0, values) if short in nullable else values
+        embedded: Tensor = self.event_features(features, columns[item])
         return embedded
 
     def _require_rows(self, item_ids: Tensor) -> None:
@@ -255,6 +286,29 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
                 f"column {self.categorical_module.item_id!r} holds {largest}",
                 f"at most {self.n_rows - 1}, the last row of the catalogue",
                 "give sessions that the workflow of this catalogue encoded; they hold rows, not raw ids",
+            )
+
+    def _check_event_features(self, inputs: dict[str, Tensor], columns: dict[str, Tensor], item: str) -> None:
+        """Warn, of the first training batch, of event features that it lacks, and of numbers that look all the same."""
+        self.checked_event_features = True
+        absent = [
+            f"{name} of shape {list(inputs[name].shape)}" if name in inputs else name
+            for name in sorted(set(self.event_feature_names) - set(columns))
+        ]
+        if absent:
+            log.warning(
+                f"no values for the event features {', '.join(absent)} in a training batch of shape "
+                f"{list(inputs[item].shape)} with columns {', '.join(sorted(columns))}: they are trained as missing. "
+                "Give the loader or Trainer the schema of the inputs, and lists as long as the items'"
+            )
+        if self.event_features is None:
+            return
+        values = {self.event_feature_names[name]: columns[name] for name in self.event_feature_names if name in columns}
+        if beyond := self.event_features.out_of_reach(values, columns[item] > 0):
+            log.warning(
+                f"most values of {', '.join(beyond)} in a training batch are beyond the range that is told apart, and "
+                "so look all the same: Normalize them in the workflow, or build the inputs with "
+                'event_features=fit_event_features("work/data") of missrec_t4r.data.event_features'
             )
 
     def _warn_of_cut_rows(self, item_ids: Tensor) -> None:
@@ -297,14 +351,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
 
 
 def _parse_masking(masking: str | PrefixMasking) -> PrefixMasking:
-    chosen = masking_registry.parse(masking)(hidden_size=1) if isinstance(masking, str) else masking
-    if not isinstance(chosen, PrefixMasking):
+    if isinstance(masking, str) and masking in masking_registry:
+        masking = masking_registry.parse(masking)(hidden_size=1)
+    if not isinstance(masking, PrefixMasking):
         raise ConfigError(
             f"masking {masking!r}",
-            "'prefix'",
-            "T4R's other maskings leave the target visible to a body that looks items up itself",
+            "'prefix', since T4R's other maskings leave the target visible to a body that looks items up itself",
+            "leave masking out",
         )
-    return chosen
+    return masking
 
 
 def _chosen(schema: Schema, setting: str) -> Schema:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from merlin.schema import Tags
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers4rec.torch.utils.data_utils import T4RecDataLoader, dataloader_registry
@@ -145,7 +146,7 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         *,
         shuffle: bool = True,
         drop_last: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         per_session: int = 0,
         reverse_probability: float = 0.0,
         global_rank: int | None = None,
@@ -164,8 +165,9 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
             Rows per batch.
         max_sequence_length, drop_last
             As in `PrefixBatches`.
-        seed : int
-            Of the order of batches.
+        seed : int, optional
+            Of the order of batches. By default torch's, which the Trainer sets to its argument ``seed``; 0 in several
+            processes, which must agree.
         per_session : int
             Prefixes drawn per session and epoch in training; 0 takes all.
         reverse_probability : float
@@ -181,10 +183,23 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
                 "the model's, in T4RecTrainingArguments or from_schema",
                 "pass max_sequence_length=50, say",
             )
+        core_schema = as_core_schema(schema)
+        if targets := core_schema.select_by_tag(Tags.TARGET).column_names:
+            log.warning(
+                f"batches of the loader missrec have no {', '.join(targets)} (tagged TARGET): for tasks beside the "
+                'next item write data_loader_engine="merlin"'
+            )
         sessions = read_sessions(paths_or_dataset, schema)
-        sessions = sessions.known() if shuffle else sessions.with_known_target()
-        item = item_column(as_core_schema(schema)).name
+        n_rows, sessions = len(sessions), sessions.known() if shuffle else sessions.with_known_target()
+        if not shuffle and (left := n_rows - int((sessions.lengths > 1).sum())):
+            log.warning(
+                f"{left} of {n_rows} sessions are not in the batches of the loader missrec, having fewer than two "
+                'known items or an unknown last one: for a prediction of every row write data_loader_engine="merlin"'
+            )
+        item = item_column(core_schema).name
         rank, size = (0, 1) if global_rank is None or not global_size else (global_rank, global_size)
+        if seed is None:
+            seed = torch.initial_seed() % (1 << 32) if size == 1 else 0
         train = TrainConfig(
             batch_size=batch_size, seed=seed, windows_per_session=per_session, reverse_probability=reverse_probability
         )

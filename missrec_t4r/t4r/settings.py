@@ -18,6 +18,35 @@ from missrec_t4r.errors import ConfigError
 
 _DEFAULT = MISSRecConfig()
 
+_OF_T4R = {
+    "weight_tying": "leave it out: sessions and candidates share the item encoder",
+    "softmax_temperature": "write temperature=...",
+    "loss": "leave it out: the loss is the softmax over the catalogue",
+    "sampled_softmax max_n_samples": "leave it out: the softmax is over the whole catalogue",
+    "target_dim padding_idx item_id": "leave it out: schema and catalogue state it",
+    "task_block": "leave it out: candidates are scored by the session vector",
+    "aggregation projection d_output": "leave it out: event features are projected to d_model and added to the items",
+    "embeddings_initializers pretrained_output_dims normalizer": (
+        "vectors of items belong into the catalogue, as a modality; vectors of events into a column tagged EMBEDDING"
+    ),
+    "embedding_dims infer_embedding_sizes infer_embedding_sizes_multiplier": (
+        "write event_feature_width=..., the width of each event feature; items have d_model"
+    ),
+    "continuous_soft_embeddings soft_embedding_cardinality soft_embedding_cardinality_default soft_embedding_dim "
+    "soft_embedding_dim_default": "leave it out: numbers always have soft one-hot embeddings",
+    "tags continuous_tags categorical_tags pretrained_embeddings_tags automatic_build": (
+        "leave it out: choose columns by schema.select_by_name, or by event_features='price,category'"
+    ),
+    "pre post": "leave it out: dropout=... and event_feature_dropout=... regularise",
+    "masking": "give it to MultiModalSequenceFeatures.from_schema",
+    "mlm_probability train_on_last_item_seq_only eval_on_last_item_seq_only": (
+        "leave it out, or write masking=PrefixMasking(hidden_size=1, cut=...) for what is trained"
+    ),
+    "n_layer": "write n_encoder_layers=... and n_decoder_layers=...",
+    "total_seq_length": "write max_sequence_length=...",
+}
+"""Arguments of T4R's inputs, transformers and task that ours have no use for, and what takes their place."""
+
 
 class PartSettings:
     """What one part was given.
@@ -46,6 +75,9 @@ class PartSettings:
             )
         self.part, self.config = part, config
         self.overrides = current_settings(overrides, part)
+        for names, cure in _OF_T4R.items():
+            if given := set(names.split()) & set(self.overrides):
+                raise ConfigError(f"{part}({min(given)}=...), as in Transformers4Rec", "arguments of ours", cure)
         refuse_unknown(self.overrides, field_names(MISSRecConfig), f"setting {part}.")
         refuse(type_errors(MISSRecConfig, self.overrides), f"correct the arguments of {part}")
         self.used: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from merlin.schema import ColumnSchema, Schema, Tags
 
 import missrec_t4r.t4r as mr
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -89,11 +90,20 @@ def test_loader_refuses_what_it_cannot_read(tmp_path: Path, spoil: str, error: t
         PrefixLoader.from_schema(shop.schema(), source, 4, shop.MAX_LENGTH)
 
 
-def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path) -> None:
+def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shop.write_sessions(tmp_path, [[4, 5, 2], [6, 2, 7], [8]])
     batch, _ = next(iter(PrefixLoader.from_schema(shop.schema(), tmp_path, 4, shop.MAX_LENGTH, shuffle=False)))
     assert batch["item_id-list"].tolist() == [[6, 7]]
     assert batch["category-list"].tolist() == [[6, 7]]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("2 of 3 sessions are not in the batches of the loader missrec")
+
+
+def test_loader_says_that_it_has_no_targets_of_other_tasks(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    schema = shop.schema() + Schema([ColumnSchema("click", dtype="int64", tags=[Tags.TARGET])])
+    PrefixLoader.from_schema(schema, data / "train", 32, shop.MAX_LENGTH)
+    assert len(caplog.messages) == 1
+    assert "no click (tagged TARGET): for tasks beside the next item write data_loader_engine=" in caplog.messages[0]
 
 
 def test_batches_that_no_process_evaluates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

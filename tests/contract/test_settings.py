@@ -85,6 +85,9 @@ def test_the_config_chooses_the_event_features() -> None:
     }
     with pytest.raises(SchemaError, match="without the event features colour"):
         inputs(config=MISSRecConfig(event_features="colour"))
+    chosen = inputs(event_features="price").event_features
+    assert chosen is not None
+    assert [column.name for column in chosen.columns] == ["price"]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,11 @@ def test_the_config_chooses_the_event_features() -> None:
             lambda: inputs(max_sequence_lenght=6),
             "MultiModalSequenceFeatures.max_sequence_lenght.*'max_sequence_length'",
         ),
+        (lambda: MISSRecNextItemTask(weight_tying=True), r"Task\(weight_tying=.*as in Transformers4Rec;.*leave it out"),
+        (lambda: inputs(aggregation="concat"), r"Features\(aggregation=.*projected to d_model"),
+        (lambda: inputs(embeddings_initializers={}), "into the catalogue, as a modality"),
+        (lambda: inputs(d_output=64, masking="prefix"), r"Features\(d_output=.* leave it out"),
+        (lambda: MISSRecBlock(masking=None), r"Block\(masking=.* give it to MultiModalSequenceFeatures"),
         (lambda: MISSRecBlock(d_model="wide"), "d_model is 'wide', int is expected.*arguments of MISSRecBlock"),
         (lambda: MISSRecBlock(config="default"), "config='default'.*expected: a MISSRecConfig"),
         (

@@ -275,6 +275,55 @@ def test_contradictions_are_refused_with_a_cure() -> None:
         )
 
 
+@pytest.mark.parametrize(("maximum", "first"), [(116, 0), (117, 1), (118, None)])
+def test_ids_that_seem_numbered_otherwise_than_the_catalogue_are_told(
+    maximum: int, first: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    MultiModalSequenceFeatures.from_schema(shop.schema(maximum=maximum), catalogue=shop.catalogue())
+    told = f"up to {maximum}, as if the catalogue's 117 items were numbered from {first}: they are rows from 3"
+    assert [told in message for message in caplog.messages] == [True] * (first is not None)
+
+
+def test_the_list_is_read_where_nvtabular_tags_the_count_of_items_as_items_too() -> None:
+    count = ColumnSchema("item_id-count", dtype="int32", tags=[Tags.ITEM_ID, Tags.CATEGORICAL])
+    assert item_column(shop.schema() + Schema([count])).name == "item_id-list"
+
+
+def test_a_column_with_one_value_for_a_session_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """T4R's inputs repeat it at every event."""
+    country = ColumnSchema("country", dtype="int64", tags=[Tags.CATEGORICAL], properties={"domain": {"max": 5}})
+    user = ColumnSchema("user_id", dtype="int64", tags=[Tags.USER_ID, Tags.CATEGORICAL])
+    schema = shop.schema() + Schema([country, user])
+    MultiModalSequenceFeatures.from_schema(schema, catalogue=shop.catalogue())
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("not read: country, with one value for a session")
+    caplog.clear()
+    MultiModalSequenceFeatures.from_schema(schema, catalogue=shop.catalogue(), event_features="price")
+    assert caplog.messages == [], "the columns were chosen"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"price-list": None}, "no values for the event features price-list in a training batch of shape [8, 10]"),
+        ({"price-list": 1000.0}, "most values of price in a training batch are beyond the range"),
+    ],
+    ids=["fine", "absent", "raw"],
+)
+def test_event_features_that_train_nothing_are_told_once(
+    data: Path, loader: Callable[..., Any], change: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch, model = a_batch(data, loader), by_hand().train()
+    for name, factor in change.items():
+        batch[name] = batch[name] * (factor or 0)
+        if factor is None:
+            del batch[name]
+    for _ in range(2):
+        model(dict(batch), training=True)
+    assert [words in message for message in caplog.messages] == [True] * bool(words)
+
+
 def test_raw_ids_in_place_of_rows_are_named(data: Path, loader: Callable[..., Any]) -> None:
     batch = a_batch(data, loader)
     batch["item_id-list"][0, 0] = 1039
@@ -318,10 +367,25 @@ def test_a_module_between_inputs_and_block_shapes_the_event_features(data: Path,
     assert body[1][0][0].weight.grad.any()
 
 
-def test_other_t4r_tasks_read_the_session_at_any_position(data: Path, loader: Callable[..., Any]) -> None:
-    body = by_hand().eval().heads[0].body
-    output = body(dict(a_batch(data, loader)), testing=True)
+@pytest.mark.parametrize("mode", ["training", "testing"])
+def test_other_t4r_tasks_read_the_session_at_any_position(data: Path, loader: Callable[..., Any], mode: str) -> None:
+    """T4R's tasks read the first position by default, which must not be the first item alone in training."""
+    body, batch = by_hand().eval().heads[0].body, a_batch(data, loader, 33)
+    of_some = (batch["item_id-list"] > 0).sum(1)
+    batch = {name: values[(of_some > 2) & (of_some <= shop.MAX_LENGTH)] for name, values in batch.items()}
+    output = body(dict(batch), **{mode: True})
     assert torch.equal(output, output[:, :1].expand_as(output))
+    changed = batch["item_id-list"].clone()
+    changed[:, 1] = 3 + changed[:, 1] % 100
+    again = body(batch | {"item_id-list": changed}, **{mode: True})
+    assert (again != output).any(-1).all()
+
+
+def test_a_module_after_the_block_is_refused() -> None:
+    inputs = MultiModalSequenceFeatures.from_schema(shop.schema(), catalogue=shop.catalogue())
+    body = tr.SequentialBlock(inputs, MISSRecBlock(**SMALL), tr.MLPBlock([16]))
+    with pytest.raises(ConfigError, match="after MISSRecBlock; expected: the block as the body's last module"):
+        tr.Head(body, [MISSRecNextItemTask()], inputs=inputs)
 
 
 def test_interests_refresh_by_a_step_counter_that_is_saved(data: Path, loader: Callable[..., Any]) -> None:

@@ -94,6 +94,16 @@ def test_evaluate_gives_our_own_numbers_and_predict_the_best_rows(data: Path, tm
     assert (np.sort(top_rows) == np.sort(rows)).all()
 
 
+def test_the_seed_of_the_arguments_is_that_of_our_loader(data: Path, tmp_path: Path) -> None:
+    model = a_model()
+    orders = [
+        [batch["item_id-list"].tolist() for batch, _ in trainer.get_train_dataloader()]
+        for trainer in (a_trainer(model, data, arguments(tmp_path, seed=seed)) for seed in (1, 2, 1))
+    ]
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
+
+
 def test_a_saved_model_scores_bit_for_bit(data: Path, tmp_path: Path, loader: Callable[..., Any]) -> None:
     model = a_model()
     a_trainer(model, data, arguments(tmp_path, num_train_epochs=1)).train()

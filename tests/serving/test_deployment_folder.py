@@ -241,12 +241,15 @@ def test_a_server_that_does_not_answer_is_not_taken_for_none(
         Control(url, "0" * 32, os.getpid(), log).write(tmp_path / "models")
         with pytest.raises(ServingError, match="does not answer: listing the models took too long") as refused:
             deploy(tmp_path / "models", bundle=bundle, threads=2)
-    (evidence,) = tmp_path.glob("missrec-triton-*.txt")
-    assert str(evidence) in str(refused.value)
-    kept = evidence.read_text()
-    assert "loading: missrec_ranker_v1" in kept
-    assert f"process {os.getpid()}: the server" in kept
-    assert f"  {threading.get_native_id()} " in kept
+        (evidence,) = tmp_path.glob("missrec-triton-*.txt")
+        assert str(evidence) in str(refused.value)
+        kept = evidence.read_text()
+        assert "loading: missrec_ranker_v1" in kept
+        assert f"process {os.getpid()}: the server" in kept
+        assert f"  {threading.get_native_id()} " in kept
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+        with pytest.raises(ServingError, match="does not answer: .* look into its log, or restart it"):
+            deploy(tmp_path / "models", bundle=bundle, threads=2)
     assert current_version(tmp_path / "models") == 1
 
 

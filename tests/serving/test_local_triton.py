@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -189,3 +191,24 @@ def test_only_a_process_that_triton_waits_for_and_that_does_nothing_is_ended(
         clock[0] = float(second)
         seen.append(list(watch.idle(clock[0])))
     assert seen == [[]] * 10 + [[7]] * 5 if ended else seen == [[]] * 15
+
+
+@pytest.mark.parametrize(("program", "ended"), [("triton_python_backend_stub", True), ("sleep", False)])
+def test_no_other_child_of_the_server_is_ended(monkeypatch: pytest.MonkeyPatch, program: str, ended: bool) -> None:
+    """What a thread of the server starts and awaits, such as a program that unpacks an environment, may be silent."""
+    asked = threading.Semaphore(0)
+    with subprocess.Popen([program, "60"], executable=shutil.which("sleep")) as child:
+        given_up = {child.pid}
+
+        def silent(*_: object) -> set[int]:
+            asked.release()
+            return given_up
+
+        monkeypatch.setattr(StubWatch, "silent", silent)
+        watch = StubWatch(os.getpid())
+        try:
+            assert all(asked.acquire(timeout=60) for _ in range(2))  # the first one's answer has been followed
+            assert (child.wait(60) if ended else child.poll()) == (-signal.SIGKILL if ended else None)
+        finally:
+            watch.stop()
+            child.kill()

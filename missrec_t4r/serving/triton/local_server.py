@@ -153,6 +153,7 @@ class LocalTriton:
                 self.stop()
                 if attempt == _ATTEMPTS or not (self._lost_a_port(error) or UNHEALTHY in str(error)):
                     raise
+                log.warning(f"starting Triton again: {error}")
         if is_deployment(self.repository):
             self.control.write(self.repository)
         return self

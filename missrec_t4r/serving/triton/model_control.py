@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,10 @@ class Control:
         except InferenceServerException as error:
             if "StatusCode.DEADLINE_EXCEEDED" in str(error.status()):
                 found = f"the server at {self.grpc_url} (process {self.pid}) does not answer: {action} took too long"
-                evidence = write_evidence(self.pid, self.log_file)
-                cure = f"{evidence} has its log, and what its processes wait for; restart it"
+                cure = "look into its log, or restart it"
+                with suppress(OSError):  # no room for the file
+                    evidence = write_evidence(self.pid, self.log_file)
+                    cure = f"{evidence} has its log, and what its processes wait for; restart it"
                 raise SilentError(found, "an answer", cure) from error
             if "StatusCode.UNAVAILABLE" in str(error.status()):
                 raise UnavailableError(f"no answer from {self.grpc_url} ({error})", "a running server") from error

@@ -75,8 +75,14 @@ def _name(stub: int) -> str:
 
 def awaited_by(server: int) -> set[int]:
     """Return the processes for whose end a thread of the server waits."""
-    awaited = map(_awaited, Path(f"/proc/{server}/task").glob("*"))
-    return {pid for pid in awaited if pid is not None}
+    return {pid for thread in _threads(server) if (pid := _awaited(thread)) is not None}
+
+
+def _threads(process: int) -> list[Path]:
+    """Return the folders of the threads of a process as they began, which their numbers may not; none after its end."""
+    with contextlib.suppress(OSError):
+        return [*Path(f"/proc/{process}/task").iterdir()]
+    return []
 
 
 def _awaited(thread: Path) -> int | None:
@@ -90,19 +96,16 @@ def _awaited(thread: Path) -> int | None:
 def loading(server: int) -> dict[int, int]:
     """Return the stubs that load their model, and the thread of the server that started each: it ends with the load."""
     found = {}
-    for folder in Path(f"/proc/{server}/task").glob("*"):
-        if folder.name != str(server):  # the first thread inherits those of threads that have ended
-            with contextlib.suppress(OSError, ValueError):
-                found.update(dict.fromkeys(map(int, (folder / "children").read_text().split()), int(folder.name)))
+    for folder in _threads(server)[1:]:  # the first one inherits those of threads that have ended
+        with contextlib.suppress(OSError, ValueError):
+            found.update(dict.fromkeys(map(int, (folder / "children").read_text().split()), int(folder.name)))
     return found
 
 
 def sign_of_life(stub: int) -> str:
     """Return a text that changes whenever the thread runs that answers Triton; empty before a stub has one."""
-    with contextlib.suppress(OSError, ValueError):
-        threads = sorted(int(folder.name) for folder in Path(f"/proc/{stub}/task").glob("*"))
-        if len(threads) > 1:
-            return Path(f"/proc/{stub}/task/{threads[1]}/schedstat").read_text()
+    with contextlib.suppress(OSError, IndexError):
+        return (_threads(stub)[1] / "schedstat").read_text()
     return ""
 
 
@@ -141,7 +144,7 @@ class StubWatch:
             given_up = self.silent(now, stubs)
             if now - checked >= _CHECK_SECONDS:
                 given_up, checked = given_up | self.idle(now), now
-            for pid in given_up:
+            for pid in given_up & stubs_of(self._server).keys() if given_up else ():  # and no other child
                 log.warning(f"Triton waits in vain for the end of {_name(pid)} (process {pid}): ending it")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -197,7 +200,7 @@ def _report(server: int, log_file: str) -> Iterator[str]:
     stubs = stubs_of(server)
     for pid in (server, *stubs):
         yield f"process {pid}: {stubs.get(pid) or 'the server'}; threads with state, wait channel and system call:"
-        for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        for thread in _threads(pid):
             state = _read(thread / "stat").rpartition(")")[2].split()[:1]
             what = (*state, _read(thread / "wchan"), _read(thread / "syscall"))
             yield f"  {thread.name} {_read(thread / 'comm')}: {' '.join(what)}"

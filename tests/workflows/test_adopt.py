@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from missrec_t4r.data.user_sessions import user_sessions, whole_sessions
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
 from missrec_t4r.etl.engine.append import update
 from missrec_t4r.etl.nvt.adopt import adopt
+from missrec_t4r.etl.nvt.adopt_users import BEGIN, number_sessions
+from missrec_t4r.etl.quality.checks import Findings
+from missrec_t4r.schema import SPLITS
 from missrec_t4r.serving.batch.parquet_io import session_file_of
 from missrec_t4r.t4r.columns import as_core_schema
 from tests.workflows.tables import save_vectors
@@ -462,6 +466,49 @@ def test_days_of_given_splits_are_joined_whatever_the_splits_have_in_common(tuto
     counted = whole_sessions(tmp_path / "data")
     assert sorted(counted.values.tolist()) == sorted(row for items in whole.values() for row in items)
     assert [row.tolist() for row in Sessions.load(tmp_path / "data" / "train")] == [items for _, _, items in train]
+
+
+_DAYS = [("ann", 2, [5, 6, 7, 4]), ("ann", 1, [8, 9, 10, 11])]
+
+
+@pytest.mark.parametrize(
+    ("column", "times"),
+    [
+        ("day", ["2024-10-01", "2024-02-01"]),
+        ("day", ["10", "2"]),
+        ("timestamp-list", [["2024-10-01T00:00:00Z"] * 4, ["2024-02-01 00:00"] * 4]),
+        ("date-first", pa.array([20, 19], pa.date32())),
+    ],
+)
+def test_days_are_in_their_order_however_they_are_written(
+    column: str, times: list[object], tutorial: Path, tmp_path: Path
+) -> None:
+    file = _daily(tutorial, tmp_path / "days" / "all.parquet", _DAYS, days=False)
+    pq.write_table(pq.read_table(file).append_column(column, [times]), file)
+    report = adopt(tutorial / "workflow", tmp_path / "data", sessions=file)
+    assert _scored(tmp_path / "data") == {"ann": [8, 9, 10, 11, 5, 6, 7, 4]}
+    assert [finding["message"].split("in the order of ")[-1] for finding in report["findings"]] == ["their times"]
+
+
+@pytest.mark.parametrize("times", [["10/1/2024", "2/1/2024"], [float("nan"), 1.0]])
+def test_what_is_no_time_orders_no_days(times: list[object], tutorial: Path, tmp_path: Path) -> None:
+    file = _daily(tutorial, tmp_path / "days" / "all.parquet", _DAYS, days=False)
+    pq.write_table(pq.read_table(file).append_column("day", [times]), file)
+    report = adopt(tutorial / "workflow", tmp_path / "data", sessions=file)
+    assert _scored(tmp_path / "data") == {"ann": [5, 6, 7, 4, 8, 9, 10, 11]}
+    assert "files and rows" in report["findings"][0]["message"]
+
+
+def test_a_guest_account_with_most_of_the_rows_takes_no_longer_than_others() -> None:
+    """The rows of users whom the shop does not know have one id: each was compared with all before it."""
+    rows = 20_000
+    columns = {"user_id": ["guest"] * rows, "item_id-list": [[3, row] for row in range(rows)]}
+    tables = {split: pa.table(columns | {BEGIN: range(number, number + rows)}) for number, split in enumerate(SPLITS)}
+    started = time.process_time()
+    numbered = number_sessions(tables, Findings())
+    assert time.process_time() - started < 20  # 140 s before
+    firsts = [table["session_id"][0].as_py() for table in numbered.values()]
+    assert firsts == [0, 2, 5]  # in the order of time: after one row of train, after two of train and one of valid
 
 
 def test_an_adopted_folder_is_extended_by_its_own_workflow(tutorial: Path, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from merlin.schema import Schema, Tags
 
 from missrec_t4r.arrays import Ints
+from missrec_t4r.errors import SchemaError
+from missrec_t4r.etl.arrow_columns import normal_time
 from missrec_t4r.etl.quality.checks import Findings
 from missrec_t4r.io.arrow_files import is_list, one_array
 from missrec_t4r.schema import ITEM_LIST, SESSION_ID, USER_ID
@@ -37,14 +40,23 @@ class _Session:
 
 
 def begins(table: pa.Table, schema: Schema) -> pa.Array:
-    """Return when every session begins: from a column of times or days, by its name, or tagged ``TIME``; else null."""
+    """Return when every session begins: from a column of times or days, by its name, or tagged ``TIME``; else null.
+
+    Texts are read as times (`normal_time`): in their own order ``10/1/2024`` is before ``2/1/2024``.
+    """
     stems = {_AGGREGATION.sub("", name): name for name in reversed(table.column_names)}
     tagged = [name for name in schema.select_by_tag(Tags.TIME).column_names if name in table.column_names]
     column = next(iter([*(stems[stem] for stem in _TIMES if stem in stems), *tagged]), None)
     if column is None:
         return pa.nulls(table.num_rows)
-    times = table[column].to_pylist()
-    return pa.array([row[0] if row else None for row in times] if is_list(table[column].type) else times)
+    times = table[column]
+    if is_list(times.type):
+        firsts = (row[0] if row else None for row in pc.list_slice(times, 0, 1).to_pylist())
+        times = pa.chunked_array([pa.array(firsts, times.type.value_type)])
+    try:
+        return one_array(normal_time(times, column))
+    except SchemaError:  # no times
+        return pa.nulls(table.num_rows)
 
 
 def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[str, pa.Table]:
@@ -61,18 +73,24 @@ def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[
     users = [user for table in tables.values() for user in table[USER_ID].to_pylist()]
     if len(set(users)) == len(users):
         return result
-    has_times = len({table[BEGIN].type for table in tables.values()} - {pa.null()}) == 1
-    has_times &= not any(table[BEGIN].null_count for table in tables.values())
+    has_times = not any(table[BEGIN].null_count for table in tables.values())
     by_user: dict[Any, list[_Session]] = {}
+    alike: dict[tuple[Any, ...], list[_Session]] = {}  # of one user, time and first item
     found: dict[str, list[_Session]] = {}
     for split, table in tables.items():
         lists = one_array(table[ITEM_LIST])
         values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
         begin = table[BEGIN].to_pylist() if has_times else [0] * table.num_rows
-        found[split] = [
-            _found(by_user.setdefault(user, []), values[offsets[row] : offsets[row + 1]], begin[row], split)
-            for row, user in enumerate(table[USER_ID].to_pylist())
-        ]
+        found[split] = []
+        for row, user in enumerate(table[USER_ID].to_pylist()):
+            items = values[offsets[row] : offsets[row + 1]]
+            key = user, begin[row], int(items[0])
+            session = _found(alike.setdefault(key, []), items, split)
+            if session is None:
+                session = _Session(items, begin[row], split)
+                alike[key].append(session)
+                by_user.setdefault(user, []).append(session)
+            found[split].append(session)
     if not (several := sum(len(sessions) > 1 for sessions in by_user.values())):
         return result
     order = "their times" if has_times else "files and rows: no column such as timestamp-first has their times"
@@ -86,12 +104,11 @@ def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[
     }
 
 
-def _found(sessions: list[_Session], items: Ints, begin: Any, split: str) -> _Session:
-    """Return the one of a user's sessions that a row of a split belongs to; a new one if there is none."""
-    same = [one for one in sessions if one.split != split and one.begin == begin and _is_beginning(one.items, items)]
+def _found(alike: list[_Session], items: Ints, split: str) -> _Session | None:
+    """Return the one of such sessions that a row of a split belongs to."""
+    same = [one for one in alike if one.split != split and _is_beginning(one.items, items)]
     if not same:
-        sessions.append(_Session(items, begin, split))
-        return sessions[-1]
+        return None
     session = max(same, key=lambda one: min(len(one.items), len(items)))
     session.items, session.split = max(session.items, items, key=len), split
     return session

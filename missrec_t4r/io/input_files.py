@@ -52,7 +52,7 @@ def files_of(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
             found.append(path)
         elif path.name.endswith(suffixes) and unasked[0] != _OF_MERLIN:
             left_out.setdefault(unasked[0], path)
-    _refuse_delta_tables([*found, *left_out.values()])
+    _refuse_delta_tables(found)
     if left_out:
         shown = ", ".join([*left_out][:3]) + (", …" if len(left_out) > 3 else "")
         example = next(iter(left_out.values()))

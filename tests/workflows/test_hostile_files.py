@@ -114,6 +114,23 @@ def test_a_delta_table_is_refused_with_what_writes_its_rows(source: str, partiti
     assert etl(folder / "part-0.parquet", items, tmp_path / "data")["events"] == len(EVENTS)
 
 
+def test_a_delta_table_that_is_left_out_by_its_name_is_in_nobodys_way(tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    (tmp_path / "shop" / "_archive" / "_delta_log").mkdir(parents=True)
+    for folder in ("shop", "shop/_archive"):
+        (tmp_path / folder / "part-0.parquet").write_bytes(events.read_bytes())
+    assert etl(tmp_path / "shop" / "**" / "*.parquet", items, tmp_path / "data")["events"] == len(EVENTS)
+
+
+@pytest.mark.parametrize("folder", [".cache/events", "_staging", "a/_b[1]/c"])
+def test_a_folder_whose_own_path_has_such_a_name_is_read(folder: str, tmp_path: Path) -> None:
+    events, items = write(tmp_path / "raw")
+    (tmp_path / folder).mkdir(parents=True)
+    events.rename(tmp_path / folder / "part-0.parquet")
+    assert expand(tmp_path / folder, "events") == [tmp_path / folder / "part-0.parquet"]
+    assert etl(tmp_path / folder, items, tmp_path / "data")["events"] == len(EVENTS)
+
+
 def test_a_folder_of_folders_is_refused_with_the_pattern_that_reads_it(tmp_path: Path) -> None:
     events, items = write(tmp_path / "raw")
     (day := tmp_path / "events" / "day=1").mkdir(parents=True)

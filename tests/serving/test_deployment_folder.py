@@ -20,6 +20,7 @@ from missrec_t4r.errors import BundleError, ConfigError, ServingError, Unavailab
 from missrec_t4r.io import atomic
 from missrec_t4r.io.lock import locked
 from missrec_t4r.serving.client.protocol import Recommendation
+from missrec_t4r.serving.deploy import blue_green
 from missrec_t4r.serving.deploy.blue_green import deploy, rollback
 from missrec_t4r.serving.deploy.smoke_test import differences
 from missrec_t4r.serving.triton import model_control
@@ -253,23 +254,26 @@ def test_a_server_that_does_not_answer_is_not_taken_for_none(
     assert current_version(tmp_path / "models") == 1
 
 
+@pytest.mark.parametrize("silent", ["missrec_v2", "missrec"])
 def test_a_load_without_an_answer_is_not_followed_by_another_wait(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    silent: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, asked = tmp_path / "models", []
     deploy(folder, bundle=bundle)
 
     def load(control: Control, model: str) -> None:
         asked.append(model)
-        raise SilentError("loading took too long")
+        if model == silent:
+            raise SilentError("loading took too long")
 
     monkeypatch.setattr(Control, "find", lambda folder: Control("127.0.0.1:1", "0" * 32, os.getpid()))
     monkeypatch.setattr(Control, "ready", lambda control: {"missrec_v1": "1"})
     monkeypatch.setattr(Control, "load", load)
     monkeypatch.setattr(Control, "unload", load)
+    monkeypatch.setattr(blue_green, "smoke_test", lambda *_: {})
     with pytest.raises(SilentError, match="loading took too long"):
         deploy(folder, bundle=bundle, threads=2)
-    assert asked == ["missrec_v2"]
+    assert asked == ["missrec_v2", "missrec"][: 1 + (silent == "missrec")]
     assert current_version(folder) == 1
 
 

@@ -262,10 +262,11 @@ def _switch_traffic(folder: Path, control: Control, version: int, previous: int 
     _write_entry_model(folder, version)
     try:
         control.load(ENSEMBLE)
-    except ServingError:
+    except ServingError as error:
         if previous is not None:
             _write_entry_model(folder, previous)
-            control.load(ENSEMBLE)
+            if not isinstance(error, SilentError):
+                control.load(ENSEMBLE)
         raise
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers4rec.torch as tr
 from transformers4rec.config.trainer import T4RecTrainingArguments
@@ -29,7 +30,7 @@ from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs import run_folder
-from missrec_t4r.schema import CATALOGUE_FOLDER
+from missrec_t4r.schema import CATALOGUE_FOLDER, NULL_ROW, PADDING_ROW
 from missrec_t4r.t4r.build import missrec_block, to_core
 from missrec_t4r.t4r.loader import PrefixLoader
 from missrec_t4r.t4r.task import MISSRecNextItemTask
@@ -140,17 +141,23 @@ def _take_encodings(core: MISSRec, data: Path) -> None:
     """Give event features that were built from a schema the raw values and steps of the data folder's workflow.
 
     Without them the folder's numbers would be taken back to raw ones, which the model was not trained on, and requests
-    would have to hold codes.
+    would have to hold codes. With raw values a null is a missing one (`load_sessions`), and gets the vector that it has
+    been trained with, as a category of its own.
     """
     if core.event_features is None:
         return
     stored, encoder = stored_encodings(data), core.event_features.encoder
-    encoder.columns = tuple(
-        column
-        if column.values or column.steps or column.name not in stored
-        else dataclasses.replace(column, values=stored[column.name][0], steps=stored[column.name][1])
-        for column in encoder.columns
-    )
+    columns = []
+    for column, embedding, missing in zip(encoder.columns, encoder.encoders, encoder.absent, strict=True):
+        values, steps = stored.get(column.name, ((), ()))
+        if (values or steps) and not (column.values or column.steps):
+            column = dataclasses.replace(column, values=values, steps=steps)
+            codes = Sessions.load(data / "train", [column.name]).features[column.name] if values else np.empty(0)
+            if (codes == NULL_ROW).sum() > (codes == PADDING_ROW).sum():  # the latter have been missing in training too
+                with torch.no_grad():
+                    missing.copy_(embedding.weight[NULL_ROW])
+        columns.append(column)
+    encoder.columns = tuple(columns)
 
 
 def _warn_of_short_rows(trainer: tr.Trainer, core: MISSRec, train: Sessions) -> None:

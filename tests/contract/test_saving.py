@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers4rec.torch as tr
@@ -156,10 +158,19 @@ def test_a_run_beside_whose_files_its_data_lie_is_replaced_since_they_must_stay(
     assert load_run(out).catalogue.n_rows == to_core(model).item_encoder.n_rows
 
 
+def a_batch_of(trainer: tr.Trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_eval_dataloader()))[0]
+
+
 def test_a_run_reads_event_features_as_the_model_was_trained_on_them(data: Path, tmp_path: Path) -> None:
-    """A workflow's steps on numbers are not taken back, and requests hold raw values, not codes."""
+    """A workflow's steps on numbers are not taken back, and requests hold raw values, not codes; 1 is a null's."""
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
+    for file in folder.glob("*/*.parquet"):
+        if file.parent.name != "catalogue":  # no event has the code of padding
+            table = pq.read_table(file).to_pydict()
+            table["category-list"] = [[code or 1 for code in codes] for codes in table["category-list"]]
+            pq.write_table(pa.table(table), file)
     colours = [f"colour {code}" for code in range(shop.N_CATEGORIES - 3)]
     price = {"kind": "continuous", "steps": [["log1p"], ["standardise", 0.4, 0.2]]}
     transform = {"features": {"category": {"kind": "categorical", "values": colours}, "price": price}}
@@ -167,9 +178,15 @@ def test_a_run_reads_event_features_as_the_model_was_trained_on_them(data: Path,
     model = by_hand(n_neighbours=0, n_similar_items=0, cold_start_exposure=0.0)
     trainer = a_trainer(model, folder, tmp_path / "t4r")
     trainer.train()
+    trained, batch = trainer.evaluate(), a_batch_of(trainer)
+    with torch.no_grad():
+        scores = model.eval()(dict(batch))
     info = mr.save_run(model, trainer=trainer, out=tmp_path / "run")
     ndcg = info["valid"]["kept_with_history_term"]["ndcg@10"]
-    assert ndcg == pytest.approx(trainer.evaluate()["eval_/next-item/ndcg_at_10"], abs=1e-6)
+    assert ndcg == pytest.approx(trained["eval_/next-item/ndcg_at_10"], abs=1e-6)
+    assert (batch["category-list"] == 1).any()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(dict(batch)), scores)
     category, number = load_run(tmp_path / "run").model.event_columns
     assert category.encode(["colour 1", None, "mauve"]).tolist() == [4, 0, 2]
     assert number.encode([0.5]) == pytest.approx((np.log1p(0.5) - 0.4) / 0.2)

@@ -12,11 +12,12 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers4rec.torch as tr
+from torch import Tensor
 from transformers4rec.config.trainer import T4RecTrainingArguments
 from transformers4rec.torch.utils.data_utils import dataloader_registry
 
@@ -155,7 +156,7 @@ def _take_encodings(core: MISSRec, data: Path) -> None:
             codes = Sessions.load(data / "train", [column.name]).features[column.name] if values else np.empty(0)
             if (codes == NULL_ROW).sum() > (codes == PADDING_ROW).sum():  # the latter have been missing in training too
                 with torch.no_grad():
-                    missing.copy_(embedding.weight[NULL_ROW])
+                    missing.copy_(cast(Tensor, embedding.weight)[NULL_ROW])
         columns.append(column)
     encoder.columns = tuple(columns)
 

@@ -56,7 +56,7 @@ def measure(run: Path, cost: float, *, tune: bool) -> dict[str, Any]:
                 system: {
                     name: {metric: round(metrics[metric], 4) for metric in _METRICS}
                     for name in _SLICES
-                    if (metrics := found["slices"][name][protocol].get(system)) is not None
+                    if found["slices"][name]["n"] and (metrics := found["slices"][name][protocol].get(system))
                 }
                 for system in found["protocols"][protocol]
             }

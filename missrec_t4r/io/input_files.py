@@ -35,7 +35,7 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def files_of(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the paths of a pattern in the order of their names; hidden ones only where the pattern has such a name.
 
-    What is left out and has one of the suffixes is named in the log.
+    What is left out for a ``_`` and has one of the suffixes is named in the log.
 
     Raises
     ------

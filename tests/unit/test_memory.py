@@ -7,11 +7,13 @@ import sys
 import pytest
 
 BETWEEN = """
+import resource
+
 from missrec_t4r.training.memory import release_freed_memory
 
 def resident():
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 blocks = [bytearray(100_000) for _ in range(2000)]
 last = blocks.pop()  # what lies below it stays with the process

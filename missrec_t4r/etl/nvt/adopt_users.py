@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,17 +47,14 @@ def begins(table: pa.Table, schema: Schema) -> pa.Array:
     """
     stems = {_AGGREGATION.sub("", name): name for name in reversed(table.column_names)}
     tagged = [name for name in schema.select_by_tag(Tags.TIME).column_names if name in table.column_names]
-    column = next(iter([*(stems[stem] for stem in _TIMES if stem in stems), *tagged]), None)
-    if column is None:
-        return pa.nulls(table.num_rows)
-    times = table[column]
-    if is_list(times.type):
-        firsts = (row[0] if row else None for row in pc.list_slice(times, 0, 1).to_pylist())
-        times = pa.chunked_array([pa.array(firsts, times.type.value_type)])
-    try:
-        return one_array(normal_time(times, column))
-    except SchemaError:  # no times
-        return pa.nulls(table.num_rows)
+    for column in [*(stems[stem] for stem in _TIMES if stem in stems), *tagged]:
+        times = table[column]
+        if is_list(times.type):
+            firsts = (row[0] if row else None for row in pc.list_slice(times, 0, 1).to_pylist())
+            times = pa.chunked_array([pa.array(firsts, times.type.value_type)])
+        with suppress(SchemaError):  # it holds something else
+            return one_array(normal_time(times, column))
+    return pa.nulls(table.num_rows)
 
 
 def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[str, pa.Table]:
@@ -73,14 +71,14 @@ def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[
     users = [user for table in tables.values() for user in table[USER_ID].to_pylist()]
     if len(set(users)) == len(users):
         return result
-    has_times = not any(table[BEGIN].null_count for table in tables.values())
+    without_time = sum(table[BEGIN].null_count for table in tables.values())
     by_user: dict[Any, list[_Session]] = {}
     alike: dict[tuple[Any, ...], list[_Session]] = {}  # of one user, time and first item
     found: dict[str, list[_Session]] = {}
     for split, table in tables.items():
         lists = one_array(table[ITEM_LIST])
         values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
-        begin = table[BEGIN].to_pylist() if has_times else [0] * table.num_rows
+        begin = [0] * table.num_rows if without_time else table[BEGIN].to_pylist()
         found[split] = []
         for row, user in enumerate(table[USER_ID].to_pylist()):
             items = values[offsets[row] : offsets[row + 1]]
@@ -93,7 +91,8 @@ def number_sessions(tables: Mapping[str, pa.Table], findings: Findings) -> dict[
             found[split].append(session)
     if not (several := sum(len(sessions) > 1 for sessions in by_user.values())):
         return result
-    order = "their times" if has_times else "files and rows: no column such as timestamp-first has their times"
+    unknown = f"{without_time:,} of {len(users):,} rows have no time, as in a column such as timestamp-first"
+    order = f"files and rows: {unknown}" if without_time else "their times"
     findings.add("users_with_several_sessions", several, f"users have several sessions, in the order of {order}")
     for sessions in by_user.values():
         for number, session in enumerate(sorted(sessions, key=lambda session: session.begin)):

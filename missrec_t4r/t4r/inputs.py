@@ -273,9 +273,8 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         features = {}
         for name, short in self.event_feature_names.items():
             if name in columns:
-                values = columns[
-                    name
-                ]  # a null (1) is a missing value where raw values are known, as in `load_sessions`
+                # a null (1) is a missing value where raw values are known, as in `load_sessions`
+                values = columns[name]
                 features[short] = torch.where(values == NULL_ROW, 0, values) if short in nullable else values
         embedded: Tensor = self.event_features(features, columns[item])
         return embedded

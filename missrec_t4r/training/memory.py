@@ -50,7 +50,7 @@ def peak_memory(device: torch.device) -> int:
 def release_freed_memory() -> None:
     """Give memory that is free inside this process back to the system, where its C library is glibc.
 
-    Steps of many lengths leave holes in its heap: after an hour on MovieLens 1M a process held four times what it used.
+    Steps of many lengths leave holes in its heap: on MovieLens 1M a process had grown to 3.7 GB after 26 epochs.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

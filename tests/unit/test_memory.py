@@ -24,7 +24,7 @@ print(before - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is of glibc")
 def test_memory_between_what_is_used_goes_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", BETWEEN], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 100, "MiB of some 190"

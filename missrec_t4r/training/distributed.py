@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import logging
 import os
 import re
@@ -71,11 +72,13 @@ def world() -> World:
 def joined(device: torch.device) -> Iterator[World]:
     """Initialise the process group of torchrun for the block: NCCL for GPUs, gloo for CPUs.
 
-    An initialised group is used and not destroyed; without torchrun there is one process and no group.
+    An initialised group is used and not destroyed; without torchrun there is one process and no group. The group's
+    threads end with the block: threads of gloo that live until the interpreter exits may abort it.
     """
     if not is_launched() or is_grouped():
         yield world()
         return
+    importlib.import_module("torch.distributed.nn")  # optimisers import it, and its default arguments hold the group
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield world()

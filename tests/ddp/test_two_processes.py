@@ -57,6 +57,13 @@ def test_a_group_of_one_process_sends_its_messages_and_changes_nothing(tmp_path:
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """Such a thread can abort the process, after its training, while the interpreter exits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "tests.ddp.leave_group"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_parts_of_one_process_add_up_to_the_same(tmp_path: Path) -> None:
     """Against the plain loss of the whole batch, where the test above has the trainer in one process."""
     for name, (config, softmax) in losses.CASES.items():

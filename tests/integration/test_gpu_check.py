@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -159,12 +161,18 @@ def test_a_part_has_the_time_that_those_before_it_have_left(tmp_path: Path, monk
 
 def test_a_part_that_is_stopped_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = "import tempfile, time; print(tempfile.mkdtemp(), file=open({!r}, 'w'), flush=True); time.sleep(60)"
-    code = made.format(str(tmp_path / "made"))
-    monkeypatch.setattr(gpu_check, "LIMITS", {"rank": 2})
-    monkeypatch.setattr(gpu_check, "PATIENCE", 1)
-    monkeypatch.setattr(gpu_check, "_command", lambda *_: [sys.executable, "-S", "-c", code])
+    file = tmp_path / "made"
+    monkeypatch.setattr(gpu_check, "_command", lambda *_: [sys.executable, "-S", "-c", made.format(str(file))])
+
+    def until_made(process: subprocess.Popen[bytes], _: float) -> bool:
+        while process.poll() is None and not (file.is_file() and file.read_text()):
+            time.sleep(0.01)
+        return False  # its time is over
+
+    monkeypatch.setattr(gpu_check, "_runs", until_made)
     main(["rank", "--tiny", "--results", str(tmp_path)])
-    assert not Path((tmp_path / "made").read_text().strip()).exists()
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["failed"][0].startswith("rank: stopped at its limit")
+    assert not Path(file.read_text().strip()).exists()
 
 
 def test_what_was_found_is_kept_where_the_check_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,6 +214,21 @@ def test_a_warning_tells_that_most_sessions_hold_no_known_item(
         assert ("2 of 3 sessions hold no item of the catalogue and have a vector of zeros" in caplog.text) is warned
 
 
+KILLED = """
+import os, signal, sys
+from missrec_t4r.serving.batch import parts
+from missrec_t4r.serving.batch.score import score
+
+def dies(file, content, write=parts.write_json):
+    if file.name == "000001.counts.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, content)
+
+parts.write_json = dies
+score(*sys.argv[2:], bundle=sys.argv[1])
+"""
+
+
 def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     bundle: Path, loaded: LoadedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,19 +237,13 @@ def test_a_killed_job_leaves_the_last_complete_result_and_goes_on(
     score(few, out, bundle=bundle)
     before = out.read_bytes()
     many = session_file(tmp_path / "many.parquet", shop.raw_sessions(loaded.catalogue, 200) * 26)
-    code = "import sys; from missrec_t4r.serving.batch.score import score; score(*sys.argv[2:], bundle=sys.argv[1])"
-    job = processes.start(["-c", code, bundle, many, out])
-    deadline, parts = time.monotonic() + 300, tmp_path / ".out.parquet.parts"
-    while not list(parts.glob("*.counts.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    finished = {file: file.stat().st_mtime_ns for file in parts.glob("*.parquet")}
-    assert finished
+    assert processes.run(["-c", KILLED, bundle, many, out]).returncode == -signal.SIGKILL
+    parts = tmp_path / ".out.parquet.parts"
+    assert [file.name for file in parts.glob("*.counts.json")] == ["000000.counts.json"]
     assert out.read_bytes() == before
     with caplog.at_level("INFO", logger="missrec_t4r"):
         result = score(many, out, bundle=bundle)
-    assert "continuing after" in caplog.text
+    assert "continuing after 1 finished parts" in caplog.text
     assert not parts.exists()
     score(many, tmp_path / "at once.parquet", bundle=bundle)
     assert result["sessions"] == result["rows"] == 5_200

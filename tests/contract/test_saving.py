@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -26,13 +25,12 @@ from missrec_t4r.evaluation.full_ranking import top_items
 from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.ranking.tune import fit_terms
 from missrec_t4r.runs.run_folder import load_run
-from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.t4r.build import to_core
 from missrec_t4r.t4r.task import _top_items_of_a_trace
 from missrec_t4r.training.warm_start.nightly import load_continued
 from missrec_t4r.training.warm_start.transfer import read_source
-from tests import processes
 from tests.contract import shop
+from tests.ddp import group
 from tests.shop import make_catalogue
 
 
@@ -98,16 +96,8 @@ def test_a_t4r_script_ends_with_a_run_that_the_commands_take(data: Path, tmp_pat
 @pytest.mark.ddp
 def test_of_several_processes_the_first_one_writes_the_run(data: Path, tmp_path: Path) -> None:
     """The second one would set the first one's aside, or rename the folder while it is written."""
-    group = os.environ | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    group["MASTER_PORT"] = str(choose_ports({"master": 0})["master"])
-    started = [
-        processes.start(
-            ["-m", "tests.contract.script", data, tmp_path], env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        assert process.wait(300) == 0, process.communicate()[1][-3000:]
+    for code, message in group.run(["-m", "tests.contract.script", data, tmp_path]):
+        assert code == 0, message[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "t4r"]
     assert load_run(tmp_path / "run").recipe.train.learning_rate == 0.01
 

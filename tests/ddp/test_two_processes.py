@@ -12,31 +12,19 @@ import torch
 from missrec_t4r.config import TrainConfig
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.runs.run_folder import load_run, load_tensors
-from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.training import distributed
 from missrec_t4r.training.fit import train
 from missrec_t4r.training.step import batch_totals, training_loss
-from tests import processes, shop
-from tests.ddp import losses
+from tests import shop
+from tests.ddp import group, losses
 from tests.unit.conftest import data  # noqa: F401  # the fixture of forty sessions
 
 pytestmark = pytest.mark.ddp
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _group(module: str, *arguments: object, size: int = 2) -> list[tuple[int, str]]:
-    """Run a module in a group of processes, with the variables that torchrun sets; return exit codes and messages."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(choose_ports({"master": 0})["master"])}
-    group = os.environ | place | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(size)}
-    started = [
-        processes.start(["-m", module, *arguments], env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
-    return [(process.wait(300), process.communicate()[1]) for process in started]
-
-
 def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
-    assert [code for code, _ in _group("tests.ddp.losses", tmp_path)] == [0, 0]
+    assert [code for code, _ in group.run(["-m", "tests.ddp.losses", tmp_path])] == [0, 0]
     expected = losses.results()
     assert sum(name.endswith("/loss") for name in expected) == 7
     for rank in range(2):
@@ -50,7 +38,7 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 def test_a_group_of_one_process_sends_its_messages_and_changes_nothing(tmp_path: Path) -> None:
     """What one GPU shows of the messages between several."""
-    assert _group("tests.ddp.losses", tmp_path, size=1)[0][0] == 0
+    assert group.run(["-m", "tests.ddp.losses", tmp_path], size=1)[0][0] == 0
     found = load_tensors(tmp_path / "0.safetensors")
     assert found["grouped"].item()
     for name, value in losses.results().items():
@@ -121,7 +109,7 @@ def test_missrec_train_under_torchrun(data: Path, tmp_path: Path) -> None:  # no
 
 def test_a_run_is_resumed_by_all_processes_or_by_none(data: Path, tmp_path: Path) -> None:  # noqa: F811  # pytest's way
     """Else the second one would go on with fresh weights, whose gradients are added to the first one's."""
-    for code, message in _group("tests.ddp.folders", data, tmp_path):
+    for code, message in group.run(["-m", "tests.ddp.folders", data, tmp_path]):
         assert code == 1
         assert "process 1 does not find the checkpoint" in message
     log = (tmp_path / "0" / "log.jsonl").read_text().splitlines()

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from missrec_t4r.data.catalogue import Catalogue
-from missrec_t4r.serving.triton.ports import choose_ports
 from tests import processes
 
 pytestmark = pytest.mark.triton
 SIZE, SMALLER = "--users 800 --items 300", "--users 300 --items 120"
+READY = re.compile(r"Triton is ready .* gRPC (127\.0\.0\.1:\d+),")
 BLOCK = re.compile(r"^```(bash|bash background|python file=(\S+))\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -29,7 +29,7 @@ class Reader:
     """Runs the commands of a page and keeps the output of each."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.ports = folder, choose_ports({"http": 0, "grpc": 0, "metrics": 0})
+        self.folder, self.url = folder, ""
         self.outputs: list[tuple[str, str]] = []
         self.server: subprocess.Popen[bytes] | None = None
 
@@ -43,10 +43,6 @@ class Reader:
                 else:
                     self.run(line)
 
-    @property
-    def url(self) -> str:
-        return f"127.0.0.1:{self.ports['grpc']}"
-
     def run(self, line: str) -> None:
         words = self.words(line)
         if "recommend" in words:
@@ -56,16 +52,18 @@ class Reader:
         self.outputs.append((line, done.stdout))
 
     def serve(self, line: str) -> None:
-        ports = [f"--{transport}-port={port}" for transport, port in self.ports.items()]
+        ports = [f"--{transport}-port=0" for transport in ("http", "grpc", "metrics")]
         log = self.folder / "serve.log"
         with log.open("wb") as output:
             self.server = subprocess.Popen(
                 [sys.executable, *self.words(line), *ports], cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
             )
-        until = time.monotonic() + 120
-        while "Triton is ready" not in log.read_text() and time.monotonic() < until and self.server.poll() is None:
+        until = time.monotonic() + 300
+        while (ready := READY.search(log.read_text())) is None:
+            assert time.monotonic() < until, log.read_text()
+            assert self.server.poll() is None, log.read_text()
             time.sleep(0.1)
-        assert "Triton is ready" in log.read_text(), log.read_text()
+        self.url = ready[1]
 
     def words(self, line: str) -> list[str]:
         first, *rest = shlex.split(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(exported: Path) -> Path:
     return exported / "bundle"
+
+
+@pytest.fixture
+def refusing() -> Iterator[socket.socket]:
+    """A port of the loopback interface that refuses connections: nobody listens, and no other process can take it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+def url_of(bound: socket.socket) -> str:
+    return f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 def serving(repository: Path) -> Iterator[LocalTriton]:

@@ -20,12 +20,8 @@ from missrec_t4r.serving.client.aio import AsyncMISSRecClient
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.retry import Retries
 from missrec_t4r.serving.triton.local_server import LocalTriton
-from missrec_t4r.serving.triton.ports import choose_ports
 from tests.serving import shop
-
-
-def free_url() -> str:
-    return f"127.0.0.1:{choose_ports({'http': 0})['http']}"
+from tests.serving.conftest import url_of
 
 
 @pytest.mark.triton
@@ -68,8 +64,8 @@ def test_async_errors_are_in_the_same_words(server: LocalTriton, protocol: str) 
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_an_unreachable_server_is_named_by_the_async_client(protocol: str) -> None:
-    url = free_url()
+def test_an_unreachable_server_is_named_by_the_async_client(protocol: str, refusing: socket.socket) -> None:
+    url = url_of(refusing)
 
     async def ask() -> None:
         async with AsyncMISSRecClient(url, protocol, timeout=5, retries=Retries(first_wait=0.01)) as client:
@@ -127,24 +123,24 @@ def test_requests_of_the_async_client_carry_their_deadline() -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_server_that_comes_late_is_reached_by_asking_again(server: LocalTriton, protocol: str) -> None:
+def test_a_server_that_comes_late_is_reached_by_asking_again(
+    server: LocalTriton, protocol: str, refusing: socket.socket
+) -> None:
     """A port that first refuses and then forwards to the server, as during a restart."""
-    url = free_url()
-    host, port = url.split(":")
-    target = server.ports[protocol]
+    url, target = url_of(refusing), server.ports[protocol]
     stop = threading.Event()
 
     def forward() -> None:
         time.sleep(0.4)
-        with socket.create_server((host, int(port))) as listener:
-            listener.settimeout(10)
-            with listener.accept()[0] as near, socket.create_connection(("127.0.0.1", target)) as far:
-                pumps = [threading.Thread(target=pump, args=pair) for pair in ((near, far), (far, near))]
-                for thread in pumps:
-                    thread.start()
-                stop.wait(20)
-                for end in (near, far):
-                    end.shutdown(socket.SHUT_RDWR)
+        refusing.listen()
+        refusing.settimeout(10)
+        with refusing.accept()[0] as near, socket.create_connection(("127.0.0.1", target)) as far:
+            pumps = [threading.Thread(target=pump, args=pair) for pair in ((near, far), (far, near))]
+            for thread in pumps:
+                thread.start()
+            stop.wait(20)
+            for end in (near, far):
+                end.shutdown(socket.SHUT_RDWR)
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the other end has closed
@@ -153,7 +149,7 @@ def test_a_server_that_comes_late_is_reached_by_asking_again(server: LocalTriton
 
     thread = threading.Thread(target=forward)
     thread.start()
-    patient = Retries(attempts=12, first_wait=0.1, longest_wait=0.2)
+    patient = Retries(attempts=50, first_wait=0.1, longest_wait=0.2)
     try:
         with MISSRecClient(url, protocol, retries=patient) as client:
             assert len(client.recommend([["ware-3-ü"]], 3)[0].item_ids) == 3

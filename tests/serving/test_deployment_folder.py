@@ -27,8 +27,8 @@ from missrec_t4r.serving.triton import model_control
 from missrec_t4r.serving.triton.deployment import bundle_of, current_version, start_arguments, versions_of
 from missrec_t4r.serving.triton.model_config import read_config
 from missrec_t4r.serving.triton.model_control import SERVER_FILE, Control, SilentError
-from missrec_t4r.serving.triton.ports import choose_ports
 from tests.meanwhile import beginning_inside
+from tests.serving.conftest import url_of
 
 EARLIER = """# The door: raw item ids in, raw item ids and scores out.
 name: "missrec"
@@ -301,9 +301,8 @@ def test_the_largest_difference_of_a_score_is_that_of_any_rank() -> None:
     assert differences(answer(("a", 0.9), ("b", 0.5)), answer(("a", 0.9), ("b", 0.25))) == (0, 0.25)
 
 
-def test_a_server_that_is_gone_has_no_control(tmp_path: Path) -> None:
-    port = choose_ports({"http": 0})["http"]
-    control = Control(f"127.0.0.1:{port}", "0" * 32, os.getpid())
+def test_a_server_that_is_gone_has_no_control(tmp_path: Path, refusing: socket.socket) -> None:
+    control = Control(url_of(refusing), "0" * 32, os.getpid())
     control.write(tmp_path)
     assert (tmp_path / SERVER_FILE).stat().st_mode & 0o777 == 0o600
     assert Control.find(tmp_path) is None

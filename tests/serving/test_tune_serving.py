@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from missrec_t4r.errors import ConfigError, ServingError
 from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.load import answers_per_second
 from missrec_t4r.serving.triton.model_config import settings_of
-from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.serving.triton.repository import RANKER, ServingSettings, write_repository
 from missrec_t4r.tuning import serving
 from missrec_t4r.tuning.serving import Measured, choose, tune_serving
+from tests.serving.conftest import url_of
 
 QUICK = {"minutes": 10.0, "seconds": 0.05, "clients": 2}
 
@@ -32,10 +33,9 @@ def test_the_highest_throughput_within_the_limit_is_chosen() -> None:
     assert why == "no setting reaches 1.00 ms for one session; this one has the lowest p50"
 
 
-def test_a_server_that_does_not_answer_ends_the_clients_of_the_measurement() -> None:
-    port = choose_ports({"grpc": 0})["grpc"]
+def test_a_server_that_does_not_answer_ends_the_clients_of_the_measurement(refusing: socket.socket) -> None:
     with pytest.raises(ServingError, match=r"of 3 clients failed \(failed to connect .*the server's log"):
-        answers_per_second(f"127.0.0.1:{port}", [b""], 3, 0.1)
+        answers_per_second(url_of(refusing), [b""], 3, 0.1)
 
 
 def test_what_the_next_measurement_might_take_back_is_no_gain() -> None:

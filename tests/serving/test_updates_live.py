@@ -54,10 +54,10 @@ def expected(bundle: Path) -> dict[str, np.ndarray]:
     return {name: answer[name] for name in OUTPUTS}
 
 
-def missrec(*words: object) -> dict[str, object]:
+def missrec(*words: object) -> dict[str, str]:
     run = CliRunner().invoke(app, ["catalogue", *map(str, words)])
     assert run.exit_code == 0, run.output
-    answer: dict[str, object] = json.loads(run.stdout.splitlines()[-1])
+    answer: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
     return answer
 
 
@@ -83,15 +83,21 @@ def test_the_catalogue_changes_under_load(running: LocalTriton, live: Path, tmp_
                 seen.setdefault(answer["catalogue_version"][0, 0].decode(), []).append(answer)
         transport.close()
 
+    def more(version: str) -> None:
+        """Wait for ten further answers of a version."""
+        wanted, until = len(seen.get(version, [])) + 10, time.monotonic() + 60
+        while not failures and len(seen.get(version, [])) < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
-        time.sleep(0.3)
+        more(catalogue_version(verify_bundle(bundle_of(live, 1))))
         done = missrec("update", *options)
-        time.sleep(0.3)
+        more(done["catalogue_version"])
         missrec("rollback", "--repository", live)
-        time.sleep(0.3)
+        more(done["previous"])
     finally:
         stop.set()
         for thread in threads:

@@ -216,8 +216,8 @@ def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool
     for _ in range(3):  # a key that is held down
         os.killpg(run.pid, signal.SIGINT)
         time.sleep(0.05)
-    assert run.communicate(timeout=60)[1] == "interrupted\n"
-    deadline = time.monotonic() + 30  # Python's own tracker of resources ends after them
+    assert run.communicate(timeout=300)[1] == "interrupted\n"
+    deadline = time.monotonic() + 120  # Python's own tracker of resources ends after them
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(run.pid, 0)
@@ -264,7 +264,7 @@ def test_a_killed_run_continues_from_what_was_finished(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(events), events, row_group_size=300)
     arguments = [str(events), str(items), str(tmp_path / "seen"), str(tmp_path / "data")]
     run = processes.start(["-c", SMALL_CHUNKS + KILLED, *arguments])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
         assert run.poll() is None, "the run ended before it was killed"
         time.sleep(0.05)

@@ -32,6 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
+_STARTED = datetime.datetime.now(datetime.timezone.utc).date()
+"""In the names of the results: a benchmark that writes several times and runs past midnight has one file."""
 
 
 def hardware() -> dict[str, Any]:
@@ -114,8 +116,7 @@ def require_files(folder: Path, names: Iterable[str], expected: str, cure: str =
 def write_result(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write ``<date>-<name>.json`` with the payload, command, commit, versions and hardware; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    path = folder / f"{today}-{name}.json"
+    path = folder / f"{_STARTED}-{name}.json"
     facts = {
         "benchmark": name,
         "command": _command(),

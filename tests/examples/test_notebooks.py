@@ -49,7 +49,8 @@ def test_a_notebook_has_the_cells_of_its_source_small_outputs_and_plots(
     assert cells == notebooks.read_cells(name), "run: python examples/notebooks.py"
     assert file.stat().st_size < 100_000
     assert "<svg" in file.read_text(encoding="utf-8")
-    assert str(Path.home()) not in file.read_text(encoding="utf-8")
+    home = os.path.expanduser("~")  # "/" in a container for a user whom it does not know
+    assert len(home) < 2 or home not in file.read_text(encoding="utf-8")
     page = notebooks.as_markdown(content)
     assert page.startswith("# ")
     assert "<svg" in page

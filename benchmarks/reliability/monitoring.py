@@ -102,7 +102,8 @@ def _under_load(server: LocalTriton, bundle: Path, port: int, seconds: float) ->
 
 def _get(port: int, path: str, **parameters: str) -> Any:
     url = f"http://{LOOPBACK}:{port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
+    with direct.open(url, timeout=10) as answer:
         return json.load(answer)["data"]
 
 

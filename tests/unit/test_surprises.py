@@ -11,12 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from missrec_t4r.cli import app
-from missrec_t4r.cli.demo import without_restart
+from missrec_t4r.cli.demo import _get_json, without_restart
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.batching import TrainingBatch
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.runs.run_folder import load_run, load_tensors
+from missrec_t4r.serving.http_server import HttpServer
 from missrec_t4r.training import distributed
 from missrec_t4r.training.distributed import own_device
 from missrec_t4r.training.step import Totals
@@ -192,6 +193,15 @@ def test_an_interrupt_keeps_the_best_so_far_and_the_same_command_goes_on(
     assert "resuming in epoch" in words
     one, other = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "whole", run))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_demo_asks_its_server_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one is set, the loopback interface need not be among its exceptions."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://no-such-proxy.invalid:1")
+    with HttpServer(0, lambda request: (200, {}, b'{"version": "1"}')) as server:
+        assert _get_json(server.address, "") == {"version": "1"}
 
 
 def test_a_finished_run_goes_on_for_more_epochs_and_ends_like_a_longer_one(data: Path, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ class TrainConfig:
     """Seed of initialisation, order, dropout and clustering."""
     windows_per_session: int = 0
     """Random windows of ``max_sequence_length`` per session and epoch; 0 trains every position once."""
+    last_window_probability: float = 0.0
+    """Probability that a random window is the last one of its session (ours: what comes after the end is what a trained
+    model is asked for); the others begin anywhere."""
     next_items: int = 2
     """How many of the following items are targets of a position (paper: 1)."""
     next_items_weight: float = 0.3
@@ -96,10 +99,17 @@ class TrainConfig:
             "is not positive": ("learning_rate",),
             "is below 1": (*sizes, "negatives", "chunk_size"),
             "is negative": (*amounts, "windows_per_session", "warmup_steps", "validation_sessions"),
-            "is outside [0, 1]": ("reverse_probability",),
+            "is outside [0, 1]": ("reverse_probability", "last_window_probability"),
             "is outside [0, 1)": ("ema_decay",),
         }
-        check_limits(self, "train", limits)
+        contradictions = [
+            (
+                self.last_window_probability > 0 and not self.windows_per_session,
+                f"train.last_window_probability {self.last_window_probability} needs train.windows_per_session: with 0 "
+                "every position is trained once",
+            )
+        ]
+        check_limits(self, "train", limits, contradictions)
 
     @classmethod
     def paper(cls, **changes: Any) -> TrainConfig:

@@ -129,7 +129,9 @@ class Examples(NamedTuple):
         return self.end - self.begin
 
 
-def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
+def window_examples(
+    sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator, last: float = 0.0
+) -> Examples:
     """Cut sessions into windows; every position of a window is trained against the item after it.
 
     Parameters
@@ -141,6 +143,8 @@ def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
         Random windows per session; 0 covers every position once, from the end of the session backwards.
     rng : numpy Generator
         Draws the windows.
+    last : float
+        Probability that a random window is the last one of its session.
     """
     starts, limits = sessions.offsets[:-1], sessions.offsets[1:]
     has_target = limits - starts >= 2  # one item has no next item
@@ -149,6 +153,8 @@ def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
         starts, limits = np.repeat(starts, per_session), np.repeat(limits, per_session)
         latest = np.maximum(limits - 1 - max_length, starts)  # the last item is a target only, hence - 1
         begin = starts + (rng.random(len(starts)) * (latest - starts + 1)).astype(np.int64)
+        if last:
+            begin = np.where(rng.random(len(starts)) < last, latest, begin)
         return Examples(begin, np.minimum(begin + max_length, limits - 1), starts, limits)
     n_windows = -(-(limits - 1 - starts) // max_length)  # rounded up
     session = np.repeat(np.arange(len(starts)), n_windows)  # [example]
@@ -157,14 +163,22 @@ def window_examples(sessions: Sessions, max_length: int, per_session: int, rng: 
     return Examples(np.maximum(end - max_length, starts[session]), end, starts[session], limits[session])
 
 
-def prefix_examples(sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator) -> Examples:
-    """Return one example per prefix: n - 1 of a session of n items, as the paper trains, or ``per_session`` of them."""
+def prefix_examples(
+    sessions: Sessions, max_length: int, per_session: int, rng: np.random.Generator, last: float = 0.0
+) -> Examples:
+    """Return one example per prefix: n - 1 of a session of n items, as the paper trains, or ``per_session`` of them.
+
+    With the probability ``last`` the longest prefix is among those of a session that are drawn.
+    """
     offsets, n_prefixes = sessions.offsets, np.maximum(sessions.lengths - 1, 0)
     session = np.repeat(np.arange(len(sessions)), n_prefixes)  # [example]
     from_end = np.arange(len(session)) - np.repeat(np.cumsum(n_prefixes), n_prefixes)  # -(n - 1), …, -1 per session
     end = offsets[session + 1] + from_end
     if per_session and len(session):
-        shuffled = np.lexsort((rng.random(len(session)), session))  # examples by session, at random within each
+        place = rng.random(len(session))
+        if last:
+            place[(from_end == -1) & (rng.random(len(session)) < last)] = -1
+        shuffled = np.lexsort((place, session))  # examples by session, at random within each
         first = np.searchsorted(session, session)
         keep = np.sort(shuffled[np.arange(len(session)) - first < per_session])
         session, end = session[keep], end[keep]
@@ -185,7 +199,9 @@ def training_batches(
     """
     all_positions = model.attention == "causal"
     make_examples = window_examples if all_positions else prefix_examples
-    examples = make_examples(sessions, model.max_sequence_length, train.windows_per_session, rng)
+    examples = make_examples(
+        sessions, model.max_sequence_length, train.windows_per_session, rng, train.last_window_probability
+    )
     positions = examples.lengths if all_positions else np.ones_like(examples.begin)  # trained positions per example
     batches = _grouped(examples.lengths, positions, train, rng)
     backwards = rng.random(len(batches)) < train.reverse_probability

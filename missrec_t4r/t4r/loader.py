@@ -148,6 +148,7 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         drop_last: bool = False,
         seed: int | None = None,
         per_session: int = 0,
+        last_probability: float = 0.0,
         reverse_probability: float = 0.0,
         global_rank: int | None = None,
         global_size: int | None = None,
@@ -170,6 +171,8 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
             processes, which must agree.
         per_session : int
             Prefixes drawn per session and epoch in training; 0 takes all.
+        last_probability : float
+            Probability that the longest prefix is among those drawn.
         reverse_probability : float
             Probability that a training batch is read backwards.
         shuffle : bool
@@ -201,7 +204,11 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         if seed is None:
             seed = torch.initial_seed() % (1 << 32) if size == 1 else 0
         train = TrainConfig(
-            batch_size=batch_size, seed=seed, windows_per_session=per_session, reverse_probability=reverse_probability
+            batch_size=batch_size,
+            seed=seed,
+            windows_per_session=per_session,
+            last_window_probability=last_probability,
+            reverse_probability=reverse_probability,
         )
         return cls(
             PrefixBatches(

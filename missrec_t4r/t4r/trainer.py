@@ -268,6 +268,7 @@ def _loader(recipe: Recipe, schema: Any, folder: Path, *, shuffle: bool) -> Pref
         shuffle=shuffle,
         seed=train.seed,
         per_session=train.windows_per_session,
+        last_probability=train.last_window_probability,
         reverse_probability=train.reverse_probability,
     )
 

@@ -6,6 +6,7 @@ import pytest
 from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import collate, iterate, prefix_examples, training_batches, window_examples
 from missrec_t4r.data.sessions import Sessions, target_counts
+from missrec_t4r.errors import ConfigError
 
 SESSIONS = Sessions.from_lists([[3, 4, 5, 6, 7], [8, 9], [10]])
 
@@ -79,6 +80,17 @@ def test_random_windows_begin_at_every_item_of_a_long_session() -> None:
     assert (begins[:5] > 20).all(), "200 windows of three items and the target after them begin at five places"
     assert not begins[5:].any()
     assert (examples.end - examples.begin).tolist() == [3] * 200 + [1] * 200
+
+
+def test_the_last_window_is_drawn_with_the_probability_of_the_setting() -> None:
+    sessions = Sessions.from_lists([[3, 4, 5, 6, 7, 8, 9, 10]] * 400)
+    for choose, length, by_chance in ((window_examples, 3, 1 / 5), (prefix_examples, 50, 1 / 7)):
+        for probability in (0.0, 0.5, 1.0):
+            examples = choose(sessions, length, 1, np.random.default_rng(0), probability)
+            is_last = examples.end == examples.limit - 1  # whose last position has the last item as its target
+            assert is_last.mean() == pytest.approx(probability + (1 - probability) * by_chance, abs=0.08)
+    with pytest.raises(ConfigError, match="train.last_window_probability 0.5 needs train.windows_per_session"):
+        TrainConfig(last_window_probability=0.5)
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])

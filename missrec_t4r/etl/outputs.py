@@ -63,6 +63,8 @@ class Written(NamedTuple):
 
 REPORT_FILE = "etl.json"
 """Marker file of a data folder."""
+VERSIONS_FILE = "versions.json"
+"""What each update of a data folder added, and what it found in the events that it read."""
 WORKFLOW_FOLDER = "workflow"
 REQUEST_FOLDER = "request_workflow"
 NVTABULAR_FOLDER = "nvtabular_workflow"

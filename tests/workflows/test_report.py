@@ -115,6 +115,33 @@ def test_the_gate_of_an_update_is_about_the_new_events(tmp_path: Path, delta: bo
     assert (measures["share.null_item_id"], measures["share.duplicate_events"]) == (0.25, 0.25)
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_what_the_gate_refused_is_not_accepted_with_the_next_night(tmp_path: Path, delta: bool) -> None:
+    """Two of three events of the second night are repeated; the third night's four are refused with them."""
+    data, out, gate = tmp_path / "data", tmp_path / "out", tmp_path / "gate.yaml"
+    gate.write_text("share.duplicate_events: {max: 0.1}")
+    etl(*write(tmp_path / "raw", EVENTS), data, engine="disk", workers=1)
+    nights = [[60], [70, 70, 70], [80, 81, 82, 83], [90]]
+
+    def night(number: int) -> float:
+        times = nights[number]
+        table = EVENTS[["event_type", "dwell"]][: len(times)].assign(user_id="ann", item_id="desk", timestamp=times)
+        table.to_parquet(tmp_path / f"night{number}.parquet")
+        etl(tmp_path / f"night{number}.parquet", None, data, update=True, delta=delta, workers=1)
+        return float(report(data, out, gate=gate)["measures"].get("share.duplicate_events", 0.0))
+
+    assert night(0) == 0
+    with pytest.raises(GateError, match=r"share.duplicate_events is 0.666667"):
+        night(1)
+    for _ in range(2):  # the same for the repeated command
+        with pytest.raises(GateError, match=r"share.duplicate_events is 0.285714"):  # 2 of 3 + 4
+            night(2)
+    assert report(data, out)["measures"]["share.duplicate_events"] == pytest.approx(
+        2 / 7, abs=1e-6
+    )  # accepted as it is
+    assert night(3) == 0
+
+
 def test_a_share_is_that_of_the_worst_column(tmp_path: Path) -> None:
     """A later column with fewer nulls does not hide an earlier one."""
     events = EVENTS.assign(first=[1.0, *[None] * 8], second=[None, *[1.0] * 8])

@@ -27,7 +27,6 @@ from missrec_t4r.etl.engine.delta import write_delta
 from missrec_t4r.etl.engine.executor import open_executor
 from missrec_t4r.etl.engine.job import Job
 from missrec_t4r.etl.engine.versions import (
-    VERSIONS_FILE,
     Version,
     link_unchanged,
     load_version,
@@ -37,7 +36,7 @@ from missrec_t4r.etl.engine.versions import (
 from missrec_t4r.etl.inputs import read_items
 from missrec_t4r.etl.installed import require_nvtabular
 from missrec_t4r.etl.item_table import merge_new_items
-from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, WORKFLOW_FOLDER
+from missrec_t4r.etl.outputs import NVTABULAR_FOLDER, REQUEST_FOLDER, VERSIONS_FILE, WORKFLOW_FOLDER
 from missrec_t4r.etl.quality import checks
 from missrec_t4r.etl.sources.table import Paths, expand, parquet_rows
 from missrec_t4r.etl.task import Run
@@ -125,9 +124,11 @@ def update(
                 folder, counts = build(job, work, executor)
             plain = version
         change = _describe_change(job, old, catalogue, counts) | {"files": sorted(new.values())}
-        history = {"version": version, "plain_version": plain, "changes": [*old.history["changes"], change]}
+        read = parquet_rows(files)
+        noted = change | {"events_read": read, "findings": job.run.findings.counts()}
+        history = {"version": version, "plain_version": plain, "changes": [*old.history["changes"], noted]}
         write_json(folder / VERSIONS_FILE, history, indent=1)
-        final = job.run.write_report(counts | {"version": version, "events_read": parquet_rows(files)}, folder)
+        final = job.run.write_report(counts | {"version": version, "events_read": read}, folder)
         rewritten = () if as_delta else (*part_files(change["partitions"]), *_WORKFLOWS)
         link_unchanged(out, folder, {CATALOGUE_FOLDER, *rewritten})
         finish(folder)

@@ -29,8 +29,9 @@ from missrec_t4r.etl.engine.user_state import (
     state_path,
     user_hashes,
 )
-from missrec_t4r.etl.engine.versions import VERSIONS_FILE, link_unchanged, load_version, part_files
+from missrec_t4r.etl.engine.versions import link_unchanged, load_version, part_files
 from missrec_t4r.etl.engine.workdir import OUTPUT_FOLDER, clear_after_kill, open_job, resumable, working_folder
+from missrec_t4r.etl.outputs import VERSIONS_FILE
 from missrec_t4r.io.arrow_files import one_array, read_arrow, write_arrow
 from missrec_t4r.io.json_files import write_json
 from missrec_t4r.schema import USER_ID

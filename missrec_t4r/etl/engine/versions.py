@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 from missrec_t4r.errors import ConfigError, DataError
 from missrec_t4r.etl.engine.user_state import STATE_FILE, STATE_FOLDER
-from missrec_t4r.etl.outputs import REPORT_FILE
+from missrec_t4r.etl.outputs import REPORT_FILE, VERSIONS_FILE
 from missrec_t4r.io.atomic import link_or_copy, recover
 from missrec_t4r.io.hashing import file_digest
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.schema import SPLITS
 
-VERSIONS_FILE = "versions.json"
 _INPUTS_FILE = "inputs.json"
 """In the folder of the user state: SHA-256 digests of the event files of the first run."""
 

@@ -78,6 +78,18 @@ class Findings:
         """Return JSON-able findings."""
         return [asdict(finding) for finding in self.found]
 
+    def counts(self) -> dict[str, int]:
+        """Return the count of each check, of several columns with one check the largest."""
+        return largest_counts(self.to_list())
+
+
+def largest_counts(findings: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the count of each check in a list of findings, of several columns with one check the largest."""
+    counts: dict[str, int] = {}
+    for finding in findings:
+        counts[finding["check"]] = max(counts.get(finding["check"], 0), int(finding["count"]))
+    return counts
+
 
 def ids_like(
     ids: pa.ChunkedArray, kind: pa.DataType, findings: Findings | None = None, *, events: bool = False

@@ -83,11 +83,12 @@ def report(
         raise ConfigError(f"there is no report {previous}", "the report.json of the last run", "check --previous")
     bounds = read_gate(Path(gate)) if gate is not None else {}
     log.info(f"reading {data}")
-    statistics, distributions = compute_statistics(ReportData.load(data), time.time() if now is None else now)
     digest = data_digest(data)
     existing = _stored_report(out / REPORT_FILE) if previous is None else None
     repeated = existing is not None and existing.get("data_digest") == digest
     last = _stored_report(Path(previous or out / PREVIOUS_FILE)) if previous or repeated else existing
+    content_of_data = ReportData.load(data, None if last is None else last.get("version"))
+    statistics, distributions = compute_statistics(content_of_data, time.time() if now is None else now)
     if last is not None:
         statistics |= drift(statistics, distributions, last)
     checked = apply_gate(statistics, bounds)
@@ -96,6 +97,7 @@ def report(
         "format": 1,
         "data": str(data),
         "data_digest": digest,
+        "version": content_of_data.version,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "previous": None if last is None else last["made"],
         "measures": statistics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_sessions import keyed_sessions, longest_rows
 from missrec_t4r.errors import DataError
+from missrec_t4r.etl.outputs import VERSIONS_FILE
+from missrec_t4r.etl.quality.checks import largest_counts
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.schema import CATALOGUE_FOLDER, FIRST_ITEM_ROW, SPLITS, TIMESTAMP
 
@@ -36,12 +39,21 @@ class ReportData:
     findings: Mapping[str, int]
     """Counts of the data-quality findings of the ETL, by check."""
     raw_events: int
-    """Number of events that the findings are of: those that the ETL kept, of an update those that it read."""
+    """Number of events that the findings are of: those that the ETL kept, of updates those that they read."""
     users: int
+    version: int
+    """Number of times that the folder was written: 1, and one more for each update."""
 
     @classmethod
-    def load(cls, data: Path) -> ReportData:
+    def load(cls, data: Path, accepted: int | None = None) -> ReportData:
         """Read a data folder; the longest of a session's splits is the whole session.
+
+        Parameters
+        ----------
+        data : Path
+        accepted : int, optional
+            Version of the folder that a report accepted last: findings are those of all updates since, so that what
+            was refused one night is not accepted with the next one. By default those of the newest update.
 
         Raises
         ------
@@ -53,15 +65,16 @@ class ReportData:
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
         written = read_json(report)
         splits = [data / split for split in SPLITS if any((data / split).glob("*.parquet"))]
-        findings: dict[str, int] = {}
-        for finding in written.get("findings", []):  # of several columns with one check the largest count
-            findings[finding["check"]] = max(findings.get(finding["check"], 0), int(finding["count"]))
+        findings, read = largest_counts(written.get("findings", [])), int(written.get("events_read", 0))
+        version, changes = int(written.get("version", 1)), _updates_after(data, accepted)
+        if len(changes) > 1:
+            read = sum(change.get("events_read", 0) for change in changes)
+            findings = dict(sum((Counter(change.get("findings", {})) for change in changes), Counter[str]()))
         rows = [keyed_sessions(split, [TIMESTAMP]) for split in splits]
         sessions = longest_rows(rows)
         n_users = len({key[0] for _, keys in rows for key in keys})
         events, users = int(written.get("events", len(sessions.values))), int(written.get("users", n_users))
-        raw_events = int(written.get("events_read", 0)) or events
-        return cls(sessions, Catalogue.load(data / CATALOGUE_FOLDER), findings, raw_events, users)
+        return cls(sessions, Catalogue.load(data / CATALOGUE_FOLDER), findings, read or events, users, version)
 
     @property
     def times(self) -> Doubles | None:
@@ -71,6 +84,13 @@ class ReportData:
             return None
         seconds = np.asarray(times, np.float64)
         return seconds if float(np.median(seconds)) >= _FIRST_CLOCK else None
+
+
+def _updates_after(data: Path, accepted: int | None) -> list[Mapping[str, Any]]:
+    """Return what ``versions.json`` says of the updates after a version; nothing where none was accepted."""
+    file = data / VERSIONS_FILE
+    changes = read_json(file)["changes"] if accepted is not None and file.is_file() else []
+    return [change for change in changes if change["version"] > (accepted or 0)]
 
 
 def compute_statistics(data: ReportData, now: float) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -40,11 +40,13 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_empty_absent_or_broken_is_missing_and_listed(shop: Path) -> None:
+def test_what_is_empty_absent_or_broken_is_missing_and_listed(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = features(shop / "data", text_columns=["title", "brand"], image_column="picture", images=shop)
     text, image = report["modalities"]["text"], report["modalities"]["image"]
     assert (text["items"], text["missing_items"], text["broken"]) == (2, ["sofa", "vase"], 0)
     assert (image["items"], image["missing_items"], image["broken_items"]) == (2, ["sofa", "vase"], ["sofa"])
+    words = f"1 of 4 pictures that the items name are not in {shop} (vase): these items get no image vector"
+    assert words in caplog.text
     modalities = Catalogue.load(shop / "data" / "catalogue").modalities
     for modality in modalities.values():
         assert modality.present.tolist() == [False, False, False, True, True, False, False]

@@ -304,6 +304,9 @@ def test_columns_of_an_update_mean_what_they_meant(data: Path, tmp_path: Path, d
     with pytest.raises(SchemaError, match="'event_type' holds int64; expected: texts as before"):
         update(day, data, delta=delta, workers=1)
     assert (data / "etl.json").read_bytes() == before
+    frame.rename(columns={"user_id": "customer"}).to_parquet(day, index=False)
+    with pytest.raises(SchemaError, match="a column 'user_id', as in the first run. rename yours"):
+        update(day, data, delta=delta, workers=1)
     frame = frame.assign(event_type=None, user_id=range(4), coupon="new")[["dwell", "coupon", *frame.columns[:-1]]]
     frame.to_parquet(day, index=False)
     told = update(day, data, delta=delta, workers=1)

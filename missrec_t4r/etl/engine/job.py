@@ -78,7 +78,7 @@ def make_plan(job: Job) -> Plan:
         The files lack columns, differ, or are not parquet.
     """
     run, findings, settings = job.run, job.run.findings, job.run.settings
-    empty = unified_schema(run.files, run.names, findings).empty_table()
+    empty = unified_schema(run.files, run.names, findings, added=job.old is not None).empty_table()
     dropped, categorical = settings["drop_columns"], settings["categorical_columns"]
     if job.old:  # the column may be gone
         dropped = [name for name in dropped if name in empty.column_names]

@@ -258,10 +258,12 @@ def _parquet_schema(file: Path) -> pa.Schema:
     return schema
 
 
-def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: checks.Findings) -> pa.Schema:
+def unified_schema(
+    files: Sequence[Path], names: Mapping[str, str], findings: checks.Findings, *, added: bool = False
+) -> pa.Schema:
     """Return the common schema of parquet files, with the names and types that events have after `decode`.
 
-    Without row indices that pandas wrote, and without columns whose names other columns take.
+    Without row indices that pandas wrote, and without columns whose names other columns take. ``added``: to a folder.
 
     Raises
     ------
@@ -272,7 +274,7 @@ def unified_schema(files: Sequence[Path], names: Mapping[str, str], findings: ch
     row_indexes = checks.row_indexes(sorted({name for schema in schemas for name in schema.names}), names, findings)
     schemas = [pa.schema([field for field in schema if field.name not in row_indexes]) for schema in schemas]
     with same_columns(files, [schema.names for schema in schemas], "interactions"):
-        require_event_columns(schemas[0].names, names)
+        require_event_columns(schemas[0].names, names, added=added)
         schema = pa.unify_schemas(schemas, promote_options="permissive")
     clashing = checks.taken_names(schema.names, names, findings)
     kept = [field for field in schema if field.name not in clashing]

@@ -268,7 +268,15 @@ def _contents(
             contents[name] = _Contents("text", item_texts(items, columns, option), {"columns": list(columns)})
     if image_column is not None or images is not None:
         source = {"column": image_column, "images": None if images is None else str(images)}
-        contents["image"] = _Contents("image", image_paths(items, image_column, images), source)
+        paths = image_paths(items, image_column, images)
+        named = [(item, path) for item, path in zip(items[ITEM_ID].to_pylist(), paths, strict=True) if path is not None]
+        if absent := [str(item) for item, path in named if not path.is_file()]:
+            some = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+            log.warning(
+                f"image: {len(absent):,} of {len(named):,} pictures that the items name are not in "
+                f"{images or 'the working folder'} ({some}): these items get no image vector; check --images"
+            )
+        contents["image"] = _Contents("image", paths, source)
     return contents
 
 

@@ -174,8 +174,18 @@ def require_column(table: pa.Table, name: str, what: str, option: str) -> pa.Chu
     return table[name]
 
 
-def require_event_columns(columns: Sequence[str], names: Iterable[str], what: str = "the interactions table") -> None:
+def require_event_columns(
+    columns: Sequence[str], names: Iterable[str], what: str = "the interactions table", *, added: bool = False
+) -> None:
     """Refuse events that lack one of the columns ``names`` of user, item and time, in this order.
+
+    Parameters
+    ----------
+    columns, names : str
+    what : str
+        The table, for the error.
+    added : bool
+        To a data folder, which keeps the names of its first run.
 
     Raises
     ------
@@ -183,7 +193,7 @@ def require_event_columns(columns: Sequence[str], names: Iterable[str], what: st
         One is missing.
     """
     for name, option in zip(names, ("--user-column", "--item-column", "--time-column"), strict=True):
-        _require(columns, name, what, option)
+        _require(columns, name, what, "" if added else option)
 
 
 def require_distinct(file: Path, columns: Sequence[str]) -> None:
@@ -199,6 +209,10 @@ def require_distinct(file: Path, columns: Sequence[str]) -> None:
 
 
 def _require(columns: Sequence[str], name: str, what: str, option: str) -> None:
+    if name not in columns and not option:
+        raise SchemaError(
+            f"{what} has columns {list(columns)}", f"a column {name!r}, as in the first run", "rename yours"
+        )
     if name not in columns:
         near = difflib.get_close_matches(name, columns, 1)
         index = checks.row_indexes(columns, (), Findings())

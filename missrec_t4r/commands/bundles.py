@@ -24,6 +24,7 @@ from missrec_t4r.errors import ConfigError, ModalityError
 from missrec_t4r.io.json_files import read_json
 from missrec_t4r.io.lock import locked
 from missrec_t4r.schema import ITEM_ID
+from missrec_t4r.serving.batch.source import given_bundle
 
 
 def catalogue_update(
@@ -148,7 +149,7 @@ def verify(bundle: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     bundle : path
-        Bundle written by `missrec export`.
+        Bundle written by `missrec export`, or folder of `missrec deploy`: the one that it serves.
 
     Returns
     -------
@@ -162,6 +163,7 @@ def verify(bundle: str | Path) -> dict[str, Any]:
     BundleError
         The bundle is damaged, truncated, oversized or manipulated; with the file and the reason.
     """
+    bundle = given_bundle(bundle)
     loaded = load_bundle(bundle)
     files = loaded.manifest["files"].values()
     return {

@@ -29,6 +29,7 @@ from missrec_t4r.serving.batch.parquet_io import SessionFiles
 from missrec_t4r.serving.batch.score import score
 from missrec_t4r.serving.batch.similar import SimilarItems, similar
 from missrec_t4r.serving.client.client import MISSRecClient
+from missrec_t4r.serving.deploy.blue_green import deploy
 from missrec_t4r.serving.triton.local_server import LocalTriton
 from tests import processes
 from tests.meanwhile import beginning_inside
@@ -310,6 +311,18 @@ def test_every_user_of_a_data_folder(bundle: Path, run: Path, loaded: LoadedRun,
         score(file, tmp_path / "two.parquet", users=["u1"], bundle=bundle)
     with pytest.raises(ConfigError, match="neither --sessions nor --data"):
         score(None, tmp_path / "two.parquet", bundle=bundle)
+
+
+def test_a_deployment_folder_stands_for_the_bundle_that_it_serves(bundle: Path, tmp_path: Path) -> None:
+    deploy(tmp_path / "live", bundle=bundle)
+    served = tmp_path / "live" / "missrec_ranker_v1" / "1" / "bundle"
+    assert commands.verify(tmp_path / "live")["bundle"] == str(served)
+    file = session_file(tmp_path / "sessions.parquet", [["ware-3-ü"], ["ware-9-ü"]])
+    for source in (bundle, tmp_path / "live"):
+        score(file, tmp_path / f"{source.name}.parquet", bundle=source, top_k=4)
+    assert pq.read_table(tmp_path / "live.parquet") == pq.read_table(tmp_path / f"{bundle.name}.parquet")
+    assert similar(["ware-3-ü"], bundle=tmp_path / "live") == similar(["ware-3-ü"], bundle=bundle)
+    assert vectors(tmp_path / "vectors", bundle=tmp_path / "live")["items"] == shop.N_ITEMS
 
 
 @pytest.mark.triton

@@ -38,6 +38,7 @@ from missrec_t4r.ranking.hybrid import terms_of
 from missrec_t4r.retrieval.ranker import compact
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW
 from missrec_t4r.serving.batch.parquet_io import SessionFiles
+from missrec_t4r.serving.batch.source import given_bundle
 from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.event_features import EventFeatureReader
 
@@ -65,7 +66,7 @@ def vectors(
     out : path
         Folder to write; an older one of this command is replaced as a whole.
     bundle : path, optional
-        Bundle written by `missrec export`.
+        Bundle written by `missrec export`, or folder of `missrec deploy`: the one that it serves.
     run : path, optional
         Run folder written by `missrec train`, in place of a bundle.
     sessions : path, optional
@@ -82,7 +83,7 @@ def vectors(
     """
     require_at_least(1, threads=threads)
     started = time.monotonic()
-    with bundle_or_run(bundle, run) as source:
+    with bundle_or_run(bundle and given_bundle(bundle), run) as source:
         loaded = load_bundle(source)
         weights = str(verify_bundle(source, only=())["files"][WEIGHTS_FILE]["sha256"])
     files = None

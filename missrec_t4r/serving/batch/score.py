@@ -28,6 +28,7 @@ from missrec_t4r.io.key_names import read_with_current_keys
 from missrec_t4r.schema import ITEM_ID
 from missrec_t4r.serving.batch.parquet_io import ITEMS_COLUMN, SessionBatch, SessionFiles, session_file_of
 from missrec_t4r.serving.batch.parts import write_in_parts
+from missrec_t4r.serving.batch.source import given_bundle
 from missrec_t4r.serving.client.client import MISSRecClient
 from missrec_t4r.serving.client.protocol import Recommendation, typed_id
 
@@ -77,7 +78,7 @@ def score(
     users : sequence of str, optional
         Some users of the data folder; comma-separated.
     bundle : path, optional
-        Bundle written by `missrec export`.
+        Bundle written by `missrec export`, or folder of `missrec deploy`: the one that it serves.
     run : path, optional
         Run folder written by `missrec train`, in place of a bundle.
     top_k : int
@@ -115,7 +116,7 @@ def score(
     if out is None:
         raise ConfigError("no --out", "the parquet file to write", "give --out FILE")
     with (
-        bundle_or_run(bundle, run) as folder,
+        bundle_or_run(bundle and given_bundle(bundle), run) as folder,
         MISSRecClient.of_bundle(folder, threads=threads) as client,
         source as file,
     ):

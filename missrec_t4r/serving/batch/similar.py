@@ -29,6 +29,7 @@ from missrec_t4r.progress import track
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.schema import FIRST_ITEM_ROW, ITEM_ID, PADDING_ROW, UNKNOWN_ROW
 from missrec_t4r.serving.batch.parquet_io import write_tables
+from missrec_t4r.serving.batch.source import given_bundle
 from missrec_t4r.serving.client.client import read_titles
 from missrec_t4r.serving.client.in_process import torch_threads
 from missrec_t4r.serving.client.protocol import typed_id
@@ -59,7 +60,7 @@ def similar(
     out : path, optional
         Parquet file to write, with item_id, rank, similar_item_id and score.
     bundle : path, optional
-        Bundle written by `missrec export`.
+        Bundle written by `missrec export`, or folder of `missrec deploy`: the one that it serves.
     run : path, optional
         Run folder written by `missrec train`, in place of a bundle.
     top_k : int
@@ -84,7 +85,7 @@ def similar(
     if items is None and out is None:
         raise ConfigError("neither --items nor --out", "ids to look up, or a file for the whole catalogue")
     started = time.monotonic()
-    with bundle_or_run(bundle, run) as folder, torch_threads(threads):
+    with bundle_or_run(bundle and given_bundle(bundle), run) as folder, torch_threads(threads):
         found = SimilarItems(folder)
         if out is None:
             return {"by": by, "similar": found.of(() if items is None else items, top_k, by)}

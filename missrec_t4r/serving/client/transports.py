@@ -24,6 +24,8 @@ _RECONNECT_MS = {"initial": 50, "min": 50, "max": 2000}
 """Pauses before a gRPC channel reconnects: those of the retries are short, and must not end while a channel sleeps."""
 _NOT_READY = ("not ready", "no available versions", "maximum queue size")
 """Fragments of Triton's messages while a model is loading, or when its request queue is full: worth a retry."""
+_PROCESS_ENDED = "is not healthy"
+"""Fragment of Triton's message about a model whose process is gone: it fails every request from then on."""
 
 
 class Transport(Protocol):
@@ -189,7 +191,11 @@ def _refusal(url: str, model: str, timeout: float, status: str, message: str) ->
             "a server with a repository of `missrec export --triton`",
             "wait until it is ready, or check its log",
         )
-    return ServingError(f"the server at {url} refused the request: {message.rstrip('.')}")
+    found = f"the server at {url} refused the request: {message.rstrip('.')}"
+    if _PROCESS_ENDED in message:
+        cure = "`missrec rollback`, `missrec deploy` of the bundle as a new version, or restart the server"
+        return ServingError(found, "a model whose process runs", cure)
+    return ServingError(found)
 
 
 def _unreachable(url: str, reason: object) -> UnavailableError:

@@ -154,6 +154,8 @@ def choose(measured: Sequence[Measured], limit_ms: float = 0.0) -> tuple[Measure
     for result in allowed[1:]:
         if result.sessions_per_s > _GAIN * best.sessions_per_s:
             best = result
+    if len(measured) == 1:
+        return best, "no other setting was measured; give more --minutes or --trials"
     if best is present:
         return best, f"no other setting within the limit of {limit:.2f} ms has {_GAIN:.2f} times its sessions/s"
     if allowed[0] is not present:

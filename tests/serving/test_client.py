@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from missrec_t4r.errors import DataError, ServingError, UnavailableError
 from missrec_t4r.serving.client.client import MISSRecClient, read_titles
@@ -27,6 +28,7 @@ from missrec_t4r.serving.client.protocol import (
     typed_id,
 )
 from missrec_t4r.serving.client.retry import Retries
+from missrec_t4r.serving.client.transports import translate_errors
 from missrec_t4r.serving.http_server import HttpServer
 from missrec_t4r.serving.shadow.compare import Comparison
 from missrec_t4r.serving.shadow.http_proxy import HttpShadowProxy, shadow
@@ -90,6 +92,13 @@ def test_an_unknown_protocol_is_refused() -> None:
 def test_a_string_is_no_session(sessions: list[list[str]]) -> None:
     with MISSRecClient("localhost:8001") as client, pytest.raises(DataError, match="one string"):
         client.recommend(sessions)
+
+
+def test_a_model_whose_process_is_gone_is_told_with_a_cure() -> None:
+    gone = InferenceServerException("in ensemble 'missrec', Stub process 'missrec_ranker_v3_0_0' is not healthy.")
+    cure = "is not healthy; expected: .* `missrec rollback`, .* or restart"
+    with pytest.raises(ServingError, match=cure), translate_errors("localhost:8001", "missrec", 10):
+        raise gone
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ def test_what_the_next_measurement_might_take_back_is_no_gain() -> None:
     assert why == "no other setting within the limit of 2.50 ms has 1.05 times its sessions/s"
 
 
+def test_a_search_that_had_no_time_for_a_second_setting_says_so() -> None:
+    assert choose([_measured(2.0, 500)])[1] == "no other setting was measured; give more --minutes or --trials"
+
+
 @pytest.mark.triton
 def test_a_model_repository_gets_what_was_chosen_on_a_real_server(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,20 +25,9 @@ from missrec_t4r.serving.triton.local_server import LocalTriton
 from missrec_t4r.serving.triton.model_control import CLOSED, HEADER
 from missrec_t4r.serving.triton.ports import choose_ports
 from missrec_t4r.serving.triton.stubs import Stub, StubWatch
+from tests.processes import of_group
 
 pytestmark = pytest.mark.triton
-
-
-def processes_of(group: int) -> list[str]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (OSError, NotADirectoryError):
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(entry.name)
-    return found
 
 
 def test_no_server_outlives_an_owner_that_is_killed(exported: Path, server: LocalTriton) -> None:
@@ -56,13 +45,13 @@ time.sleep(60)
     owner = subprocess.Popen([sys.executable, "-c", code, str(exported / "repository")], stdout=subprocess.PIPE)
     assert owner.stdout
     pid, folder = owner.stdout.readline().decode().split()
-    assert len(processes_of(int(pid))) >= 3  # the server and its models' stubs
+    assert len(of_group(int(pid))) >= 3  # the server and its models' stubs
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     deadline = time.monotonic() + 60
-    while (processes_of(int(pid)) or Path(folder).exists()) and time.monotonic() < deadline:
+    while (of_group(int(pid)) or Path(folder).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert processes_of(int(pid)) == []
+    assert of_group(int(pid)) == []
     assert not Path(folder).exists()
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,11 +217,9 @@ def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool
         time.sleep(0.05)
     assert run.communicate(timeout=300)[1] == "interrupted\n"
     deadline = time.monotonic() + 120  # Python's own tracker of resources ends after them
-    with suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(run.pid, 0)
-            time.sleep(0.05)
-    assert time.monotonic() < deadline, "a process is left"
+    while left := processes.of_group(run.pid):
+        assert time.monotonic() < deadline, f"{left} are left"
+        time.sleep(0.05)
 
 
 def test_no_user_is_in_two_partitions() -> None:

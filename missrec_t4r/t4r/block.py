@@ -102,8 +102,8 @@ class MISSRecBlock(BlockBase):
         -------
         Tensor [batch, column, dim]
             The row's unit-length session vector, the same at every position, since T4R's tasks differ in the position
-            that they read (the last visible one, the first, the mean). The vectors of all positions, which a training
-            step with a target at every position needs, are in `StepState`.
+            that they read (the last visible one, the first, the mean). The vectors of all positions, or prefixes, which
+            a training step with a target for each needs, are in `StepState`.
         """
         if self.core is None:
             raise ConfigError(
@@ -134,6 +134,8 @@ class MISSRecBlock(BlockBase):
         if not last_only:
             last = ((sessions.item_ids > 0).sum(1) - 1).clamp_min(0)  # [batch]
             vectors = vectors[torch.arange(len(last), device=last.device), last]
+        if sessions.longest is not None:
+            vectors = vectors[sessions.longest]
         return vectors.unsqueeze(1).expand(-1, inputs.shape[1], -1)
 
     def _replicate_for_data_parallel(self) -> Any:

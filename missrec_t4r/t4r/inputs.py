@@ -243,12 +243,15 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
         columns = _left_align(inputs, item)
         if training and not self.checked_event_features:
             self._check_event_features(inputs, columns, item)
+        longest = None
         all_targets = training and self.masking.cut == "all" and not are_prefixes
         if all_targets and self.causal:
             visible = self._all_positions(columns[item])
         elif all_targets and int((columns[item] > 0).sum(1).max()) > 1:
-            columns, target = _all_prefixes(columns, item)
-            visible = self.masking.info_at(columns[item], target).schema
+            row, target, first, longest = _all_prefixes(columns[item])
+            shape = columns[item].shape
+            columns = {name: values[row] if values.shape[:2] == shape else values for name, values in columns.items()}
+            visible = self.masking.info_at(columns[item], target, first).schema
         else:
             rows = columns[item]
             if testing and not training:  # where the last item is unknown, an earlier one is no target
@@ -265,6 +268,7 @@ class MultiModalSequenceFeatures(TabularSequenceFeatures):
                 learning=training,
                 every_position=all_targets and self.causal,
                 one_target=training and are_prefixes,
+                longest=longest,
             )
         )
         if self.event_features is None:
@@ -381,17 +385,32 @@ def _named(schema: Schema, names: Sequence[str]) -> Schema:
     return schema.select_by_name([columns[name] for name in names])
 
 
-def _all_prefixes(columns: dict[str, Tensor], item: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Expand rows into their prefixes: the rows [prefix, column] and the position of each one's target [prefix]."""
-    n_prefixes = ((columns[item] > 0).sum(1) - 1).clamp_min(0)  # [batch]
+def _all_prefixes(item_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Expand rows into their prefixes.
+
+    Rows without one, or of which none is drawn, follow once, without a label: other tasks have a label for every row.
+
+    Returns
+    -------
+    tuple of Tensor
+        Row, position of the target and position of the first label of each prefix, [prefix]; the longest prefix of
+        each row, [batch].
+    """
+    length = (item_ids > 0).sum(1)  # [batch]
+    n_prefixes = (length - 1).clamp_min(0)
     row = torch.repeat_interleave(n_prefixes)  # [prefix]
     target = 1 + torch.arange(len(row), device=row.device) - (n_prefixes.cumsum(0) - n_prefixes)[row]
-    most = max(1, _MOST_EXPANDED // columns[item].shape[1])
+    most = max(1, _MOST_EXPANDED // item_ids.shape[1])
     if len(row) > most:
         drawn = torch.randperm(len(row), device=row.device)[:most].sort().values
         row, target = row[drawn], target[drawn]
-    shape = columns[item].shape
-    return {name: values[row] if values.shape[:2] == shape else values for name, values in columns.items()}, target
+    of_row = torch.bincount(row, minlength=len(length))  # [batch], ascending in `row`
+    left = torch.nonzero(of_row == 0).flatten()
+    longest = of_row.cumsum(0) - 1
+    longest[left] = len(row) + torch.arange(len(left), device=row.device)
+    whole = torch.where(length < 2, length, length - 1)[left]  # as `PrefixMasking.target_index` has it
+    first = torch.cat([target - 1, whole])
+    return torch.cat([row, left]), torch.cat([target, whole]), first, longest
 
 
 def _last_is_known(item_ids: Tensor) -> Tensor:

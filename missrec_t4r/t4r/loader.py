@@ -2,13 +2,14 @@
 
 Registered beside T4R's loaders as ``missrec``: ``T4RecTrainingArguments(data_loader_engine="missrec")`` is the only
 change of a script. A row is a prefix and its target, the last real item; the batch is marked with `PREFIX_ROWS`, so
-that the masking does not cut it again. The order depends on the seed and the epoch alone.
+that the masking does not cut it again. Labels of other tasks, columns tagged TARGET with one value for a session, are
+those of the session that a prefix is of. The order depends on the seed and the epoch alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from missrec_t4r.config import MISSRecConfig, TrainConfig
 from missrec_t4r.data.batching import Examples, training_batches
 from missrec_t4r.data.sessions import Sessions, gather
 from missrec_t4r.errors import ConfigError, DataError
-from missrec_t4r.t4r.columns import as_core_schema, item_column
+from missrec_t4r.t4r.columns import as_core_schema, is_list, item_column
 from missrec_t4r.t4r.reading import read_sessions
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ log = logging.getLogger(__name__)
 PREFIX_ROWS: Final = "missrec_prefix_rows"
 """Key of batches whose rows are a prefix and its target already; other inputs ignore it."""
 
-Batch = tuple[dict[str, Tensor], None]
+Targets = Tensor | dict[str, Tensor] | None
+"""Labels of other tasks as T4R's loader gives them: none, those of the one column, or of several by their names."""
+Batch = tuple[dict[str, Tensor], Targets]
 
 
 class PrefixBatches(IterableDataset[Batch]):
@@ -39,7 +42,7 @@ class PrefixBatches(IterableDataset[Batch]):
     Parameters
     ----------
     sessions : Sessions
-        Known items only; event features by the name of their column.
+        Known items only; event features, and labels of other tasks at every event, by the name of their column.
     item_column : str
         Name of the items in a batch.
     train : TrainConfig
@@ -53,6 +56,8 @@ class PrefixBatches(IterableDataset[Batch]):
         Drop the last batch if it is not full.
     rank, size : int
         Of this process among those that share the data.
+    targets : sequence of str
+        The columns that are labels of other tasks.
     """
 
     def __init__(
@@ -66,9 +71,10 @@ class PrefixBatches(IterableDataset[Batch]):
         drop_last: bool,
         rank: int,
         size: int,
+        targets: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.sessions, self.item_column, self.train = sessions, item_column, train
+        self.sessions, self.item_column, self.train, self.targets = sessions, item_column, train, targets
         self.all_prefixes, self.drop_last = all_prefixes, drop_last
         self.rank, self.size, self.epoch = rank, size, 0
         self._model = MISSRecConfig(attention="bidirectional", max_sequence_length=max_sequence_length)
@@ -93,7 +99,7 @@ class PrefixBatches(IterableDataset[Batch]):
         """Yield the batches of the next epoch."""
         epoch, self.epoch = self.epoch, self.epoch + 1
         for examples, backwards in self._plan(epoch)[self.rank :: self.size][: self._batches]:
-            yield self._collate(examples, backwards), None
+            yield self._collate(examples, backwards), self._labels(examples)
 
     def _plan(self, epoch: int) -> list[tuple[Examples, bool]]:
         if self.all_prefixes:
@@ -119,9 +125,14 @@ class PrefixBatches(IterableDataset[Batch]):
         at = examples.end[:, None] - steps if backwards else examples.begin[:, None] + steps
         at = np.where(real, at, 0)
         columns = {self.item_column: self.sessions.values, **self.sessions.features}
-        batch = {name: torch.from_numpy(gather(values, at, real)) for name, values in columns.items()}
+        read = {name: values for name, values in columns.items() if name not in self.targets}
+        batch = {name: torch.from_numpy(gather(values, at, real)) for name, values in read.items()}
         batch[PREFIX_ROWS] = torch.ones(len(length), 1, dtype=torch.bool)
         return batch
+
+    def _labels(self, examples: Examples) -> Targets:
+        labels = {name: torch.from_numpy(self.sessions.features[name][examples.begin]) for name in self.targets}
+        return labels if len(labels) > 1 else next(iter(labels.values()), None)
 
 
 @dataloader_registry.register_with_multiple_names("missrec", "missrec_prefix")
@@ -159,7 +170,7 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
         Parameters
         ----------
         schema : Merlin schema
-            The ITEM_ID list column and the event features to read.
+            The ITEM_ID list column, the event features, and the labels of other tasks (tagged TARGET) to read.
         paths_or_dataset : path, list of paths, merlin.io.Dataset, or Sessions
             A folder means its ``*.parquet``.
         batch_size : int
@@ -187,12 +198,15 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
                 "pass max_sequence_length=50, say",
             )
         core_schema = as_core_schema(schema)
-        if targets := core_schema.select_by_tag(Tags.TARGET).column_names:
+        tagged = core_schema.select_by_tag(Tags.TARGET)
+        targets = [column.name for column in tagged if not is_list(column)]
+        sessions = read_sessions(paths_or_dataset, schema, targets)
+        targets = [name for name in targets if name in sessions.features]  # `Sessions` may have none
+        if left_out := sorted({*tagged.column_names} - {*targets}):
             log.warning(
-                f"batches of the loader missrec have no {', '.join(targets)} (tagged TARGET): for tasks beside the "
-                'next item write data_loader_engine="merlin"'
+                f"batches of the loader missrec have no {', '.join(left_out)} (tagged TARGET): labels are columns of "
+                "parquet files with one value for a session"
             )
-        sessions = read_sessions(paths_or_dataset, schema)
         n_rows, sessions = len(sessions), sessions.known() if shuffle else sessions.with_known_target()
         if not shuffle and (left := n_rows - int((sessions.lengths > 1).sum())):
             log.warning(
@@ -220,5 +234,6 @@ class PrefixLoader(T4RecDataLoader, DataLoader[Batch]):
                 drop_last=drop_last,
                 rank=rank,
                 size=size,
+                targets=targets,
             )
         )

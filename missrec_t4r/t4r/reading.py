@@ -1,4 +1,4 @@
-"""Session parquet to arrays: the item column and the event features that a schema names."""
+"""Session parquet to arrays: the item column, the event features that a schema names, and labels of sessions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from missrec_t4r.arrays import AnyArray
 from missrec_t4r.data.session_files import read_rows, row_files
 from missrec_t4r.data.sessions import Sessions, flat_lists
 from missrec_t4r.errors import DataError, SchemaError
 from missrec_t4r.etl.dataframe import adapter_of
+from missrec_t4r.io.arrow_files import one_array
 from missrec_t4r.io.input_files import files_of
 from missrec_t4r.schema import NULL_ROW
 from missrec_t4r.t4r.columns import as_core_schema, event_feature_schema, item_column
 
 
-def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
+def read_sessions(paths_or_dataset: Any, schema: Any, targets: Sequence[str] = ()) -> Sessions:
     """Read the item column and the event features that the schema names.
+
+    Columns ``targets`` have one value for a session, which all its events get: so it stays with them.
 
     Raises
     ------
@@ -35,7 +39,7 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
     core_schema = as_core_schema(schema)
     item = item_column(core_schema).name
     event_features = event_feature_schema(core_schema, item).column_names
-    table = _read_table(paths_or_dataset, [item, *event_features])
+    table = _read_table(paths_or_dataset, [item, *event_features, *targets])
     values, offsets = flat_lists(table[item], NULL_ROW)
     features = {}
     for name in event_features:
@@ -45,7 +49,30 @@ def read_sessions(paths_or_dataset: Any, schema: Any) -> Sessions:
                 f"column {name!r} has lists of other lengths than {item!r}", "one value per event", "re-run the ETL"
             )
         features[name] = feature.astype(np.float32) if feature.dtype.kind == "f" else feature.astype(np.int64)
+    for name in targets:
+        features[name] = np.repeat(_labels(table[name], name), np.diff(offsets))
     return Sessions(values.astype(np.int64), offsets, features)
+
+
+def _labels(column: pa.ChunkedArray, name: str) -> AnyArray:
+    """Return the numbers of a column, [session].
+
+    Raises
+    ------
+    SchemaError
+        It holds something else, or nulls.
+    """
+    array = one_array(column)
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.int64())
+    if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        raise SchemaError(
+            f"target column {name!r} of type {array.type} with {array.null_count} nulls",
+            "a number for every session",
+            "fill or encode it in the workflow, or leave it out with schema.excluding_by_name",
+        )
+    values: AnyArray = array.to_numpy(zero_copy_only=False)
+    return values
 
 
 def _read_table(paths_or_dataset: Any, names: Sequence[str]) -> pa.Table:

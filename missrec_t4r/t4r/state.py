@@ -29,6 +29,8 @@ class VisibleSessions(NamedTuple):
     """Whether every position has a target of its own, and so needs the vector of the items up to it."""
     one_target: bool = False
     """Whether every row is known to have one target, as those of `PrefixLoader` have."""
+    longest: Tensor | None = None
+    """[batch], int64: where rows of the batch are expanded into prefixes, which row here is the longest one of each."""
 
     def take(self, values: Tensor) -> Tensor:
         """Return the columns [batch, seq, width] of ``values`` [batch, column, width] that belong to `item_ids`."""

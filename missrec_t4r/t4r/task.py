@@ -160,7 +160,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             ascending order of rows.
         """
         if training or testing:
-            return self._learn(inputs)
+            return self._learn()
         core, state = self.core, self._block[0].state
         scores = core.score(inputs[:, 0], state.candidates(core), state.sessions.item_ids)
         if top_k is None:
@@ -169,7 +169,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
             return _top_items_of_a_trace(scores, min(top_k, core.item_encoder.n_rows))
         return top_items(scores, top_k)
 
-    def _learn(self, inputs: Tensor) -> dict[str, Tensor]:
+    def _learn(self) -> dict[str, Tensor]:
         """Return the loss of all labels, and the last label of each row with its predictions."""
         core, state = self.core, self._block[0].state
         sessions = state.sessions
@@ -182,7 +182,7 @@ class MISSRecNextItemTask(NextItemPredictionTask):
         if sessions.every_position:  # the vector of the items up to each, where the body has the session's everywhere
             vectors = state.encoded.vectors[row, column - sessions.window[row, 0]]
         else:
-            vectors = inputs[row, column]
+            vectors = state.encoded.vectors[row]
         history = sessions.item_ids[row] * (sessions.window[row] <= column.unsqueeze(1))  # what each vector depends on
         candidates = state.candidates(core)
         is_last: Tensor | slice = slice(None)

@@ -99,11 +99,11 @@ def test_loader_leaves_out_sessions_whose_target_is_unknown(tmp_path: Path, capl
     assert caplog.messages[0].startswith("2 of 3 sessions are not in the batches of the loader missrec")
 
 
-def test_loader_says_that_it_has_no_targets_of_other_tasks(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    schema = shop.schema() + Schema([ColumnSchema("click", dtype="int64", tags=[Tags.TARGET])])
-    PrefixLoader.from_schema(schema, data / "train", 32, shop.MAX_LENGTH)
+def test_loader_says_which_labels_of_other_tasks_it_leaves_out(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ColumnSchema("clicks", dtype="int64", is_list=True, is_ragged=True, tags=[Tags.TARGET])
+    PrefixLoader.from_schema(shop.schema() + Schema([labels]), data / "train", 32, shop.MAX_LENGTH)
     assert len(caplog.messages) == 1
-    assert "no click (tagged TARGET): for tasks beside the next item write data_loader_engine=" in caplog.messages[0]
+    assert "no clicks (tagged TARGET): labels are columns of parquet files with one value for a" in caplog.messages[0]
 
 
 def test_batches_that_no_process_evaluates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

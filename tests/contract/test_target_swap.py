@@ -20,13 +20,13 @@ LENGTHS = {"shortest": 2, "below": 4, "at": shop.MAX_LENGTH, "above": 9}
 
 
 def session_vectors(model: Any, batch: dict[str, Tensor], training: bool, testing: bool) -> Tensor:
-    """Return the vector from which the item after each column is predicted, [batch, column, dim]."""
+    """Return the vector from which the item after each column is predicted, [batch or prefix, column, dim]."""
     torch.manual_seed(11)  # the same cut, the same dropout
     output = model.heads[0].body(dict(batch), training=training, testing=testing)
     state = model.heads[0].body[1].state
-    if not state.sessions.every_position:
-        return output
     vectors = state.encoded.vectors
+    if not state.sessions.every_position:
+        return vectors.unsqueeze(1).expand(-1, output.shape[1], -1)
     at = (torch.arange(output.shape[1]) - state.sessions.window[:, :1]).clamp(0, vectors.shape[1] - 1)
     return vectors.gather(1, at.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
 

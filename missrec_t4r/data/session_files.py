@@ -20,6 +20,7 @@ from missrec_t4r.arrays import Bools, Ints
 from missrec_t4r.data.user_hash import hash_ids
 from missrec_t4r.io.arrow_files import one_array, read_arrow
 from missrec_t4r.io.atomic import read_consistently
+from missrec_t4r.io.input_files import files_in
 from missrec_t4r.schema import ITEM_LIST, LIST_SUFFIX, SPLITS, USER_ID
 
 DELTA_FOLDER = "deltas"
@@ -31,8 +32,8 @@ def delta_files(data: Path) -> list[Path]:
 
 
 def row_files(folder: str | Path) -> list[Path]:
-    """Return the parquet files of a split in the order of their names, without its delta files."""
-    return sorted(Path(folder).glob("*.parquet"))
+    """Return the parquet files of a split in the order of their names, without its delta files and hidden files."""
+    return files_in(Path(folder), (".parquet",))
 
 
 def read_rows(folder: str | Path, columns: Sequence[str]) -> pa.Table:

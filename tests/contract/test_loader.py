@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from merlin.schema import ColumnSchema, Schema, Tags
+from transformers4rec.torch.utils.data_utils import T4RecDataLoader
 
 import missrec_t4r.t4r as mr
 from missrec_t4r.errors import ConfigError, DataError, SchemaError
@@ -121,6 +123,27 @@ def test_an_evaluated_session_keeps_as_many_items_as_the_model_reads_and_its_tar
     shop.write_sessions(tmp_path, [session, [5, 6]])
     batch, _ = next(iter(PrefixLoader.from_schema(shop.schema(), tmp_path, 4, shop.MAX_LENGTH, shuffle=False)))
     assert batch["item_id-list"].tolist() == [session[-shop.MAX_LENGTH - 1 :], [5, 6, *[0] * (shop.MAX_LENGTH - 1)]]
+
+
+def test_hidden_files_beside_the_sessions_are_left_out_and_read_by_t4rs_loader(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = shop.write_sessions(tmp_path, [[3, 4, 5], [6, 7]])
+    shutil.copy(file, tmp_path / "_old.parquet")
+    shutil.copy(file, tmp_path / ".old.parquet")
+
+    def n_rows(engine: str, source: Path) -> int:
+        make = T4RecDataLoader.parse(engine).from_schema
+        batches = make(shop.schema(), str(source), 16, max_sequence_length=shop.MAX_LENGTH, shuffle=False)
+        return sum(len(batch["item_id-list"]) for batch, _ in batches)
+
+    assert n_rows("missrec", tmp_path) == 2
+    assert "left out by its name: _old.parquet" in caplog.text
+    assert n_rows("merlin", tmp_path) == 6
+    assert n_rows("merlin", tmp_path / "*.parquet") == 4
+    assert n_rows("merlin", tmp_path / "[!_]*.parquet") == 2
+    (tmp_path / "._part_0.parquet").write_bytes(b"what macOS keeps of a file")
+    assert n_rows("missrec", tmp_path) == 2
 
 
 def test_loader_needs_the_models_length(data: Path) -> None:

@@ -1,12 +1,14 @@
 """Run folders: weights and training state in safetensors, recipe and facts in JSON; written atomically, read strictly.
 
 `run.json` makes a folder a finished run. A new run is written beside the earlier one of its folder, which stays until
-the new one is complete. Weights are loaded only if every tensor of the model is there in its shape; an error lists what
+the new one is complete. Then the new files wait in one folder while they take the places of the old ones: what a killed
+process left of that, the next reader or writer does (`complete`). Weights are loaded only if every tensor of the model is there in its shape; an error lists what
 is missing, unexpected or of another shape.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -30,7 +32,7 @@ from missrec_t4r.data.event_features import EventColumn
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.arrow_files import one_array, with_column
-from missrec_t4r.io.atomic import atomic_write_file, temporary_dir, translate_disk_errors
+from missrec_t4r.io.atomic import atomic_write_file, recover, temporary_dir, translate_disk_errors
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.key_names import read_with_current_keys
 from missrec_t4r.io.weight_names import current_names
@@ -50,6 +52,8 @@ UNFINISHED_FILE = "unfinished"
 """Empty file beside a finished run while, and after, a training that has not replaced it."""
 _RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, UNFINISHED_FILE, "checkpoint", "tensorboard"}
 """What shows that a folder is that of a run; a killed training may have left one of them alone."""
+_NEW_FOLDER: Final = ".replaced-by"
+"""Folder of the files of a complete new run in its run folder, until they have their places."""
 _NOTES: Final = {".log", ".txt", ".out", ".err", ".yaml", ".yml", ".json"}
 """Logs and settings, which scripts put into the folder of a run before it begins."""
 _NOTE_FOLDERS: Final = {"logs", "lost+found"}
@@ -107,12 +111,14 @@ def begin_training(out: Path) -> None:
     """
     with translate_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        complete(out)
         if (out / RUN_FILE).is_file():
             (out / UNFINISHED_FILE).touch()
 
 
 def is_finished(out: Path) -> bool:
     """Whether a folder holds a finished run, and no training that would have replaced it was killed there."""
+    complete(out)
     return (out / RUN_FILE).is_file() and not (out / UNFINISHED_FILE).is_file()
 
 
@@ -165,10 +171,37 @@ def save_run(
         write_json(new / RUN_FILE, {"data": where, "versions": versions(), "event_features": event_features, **info})
         if check is not None:
             check(new)
-        (out / RUN_FILE).unlink(missing_ok=True)  # it would make a run of the files of both
-        for file in sorted(new.iterdir(), key=lambda file: file.name == RUN_FILE):
-            file.replace(out / file.name)
-    (out / UNFINISHED_FILE).unlink(missing_ok=True)
+        complete(out)
+        new.rename(out / _NEW_FOLDER)  # from here on it is the run of this folder
+        complete(out)
+
+
+def complete(run: Path) -> None:
+    """Give the files of a new run their places, if a process was killed while it did; several may do so at once.
+
+    Raises
+    ------
+    CheckpointError
+        This user may not write the run folder.
+    """
+    new = run / _NEW_FOLDER
+    if not new.is_dir():
+        return
+    try:
+        for name in sorted(os.listdir(new), key=lambda name: name == RUN_FILE):
+            if name == RUN_FILE:
+                (run / UNFINISHED_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                (new / name).replace(run / name)
+        new.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(
+            f"a process was killed while it replaced the run {run}, and the rest cannot be done ({error})",
+            "a folder that this user may write",
+            f"read it once as a user who may, by `missrec page --run {run}` say",
+        ) from error
 
 
 def sessions_checksum(sessions: Sequence[Sessions]) -> int:
@@ -193,6 +226,9 @@ def read_info(run: Path) -> dict[str, Any]:
     CheckpointError
         The run is unfinished.
     """
+    complete(run)
+    if not (run / RUN_FILE).is_file():
+        recover(run)  # where a file system cannot exchange names
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(
             f"{run} holds no {RUN_FILE}",

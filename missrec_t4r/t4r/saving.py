@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +26,8 @@ from missrec_t4r.data.event_features import load_sessions, stored_encodings
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.errors import ConfigError, DataError, ParityError
 from missrec_t4r.evaluation.full_ranking import quick_metrics
+from missrec_t4r.io.atomic import exchange, recover, temporary_dir
+from missrec_t4r.io.lock import locked
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.scorer import ModelScorer
 from missrec_t4r.ranking.tune import fit_terms
@@ -124,9 +125,9 @@ def save_run(
         log.info(f"process {rank} of several: the first one writes {out}")
     else:
         recipe = Recipe(name="t4r", model=core.config, train=settings)
-        with _way_made(out, folder, overwrite):
+        with locked(out), _place(out, folder, overwrite) as place:
             run_folder.save_run(
-                out,
+                place,
                 core,
                 recipe,
                 folder,
@@ -176,36 +177,40 @@ def _warn_of_short_rows(trainer: tr.Trainer, core: MISSRec, train: Sessions) -> 
 
 
 @contextlib.contextmanager
-def _way_made(out: Path, data: Path, overwrite: bool) -> Iterator[None]:
-    """Keep a run that ``out`` holds beside it, unless it is to be replaced, or something there has to stay.
+def _place(out: Path, data: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield where to write a run that is ``out`` after the block, if that succeeds.
 
-    It returns to its place if the block fails.
+    A run that ``out`` holds is then kept beside it, unless it is to be replaced, or something there has to stay. At
+    every moment ``out`` is the one or the other, whatever ends the process.
     """
+    recover(out)
+    run_folder.complete(out)
     if not (out / run_folder.RUN_FILE).is_file():
-        yield
+        yield out
         return
     others = [path for path in (data.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
     if overwrite or others:
-        yield
+        yield out
         why = "" if overwrite else f": {others[0]} could not stay if {out} were renamed"
         log.log(logging.INFO if overwrite else logging.WARNING, f"{out} held a finished run, which is replaced{why}")
         return
-    kept = _set_aside(out)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        kept.rename(out)
-        raise
+    with temporary_dir(out) as new:
+        yield new
+        new.chmod(0o755)
+        kept = _free_name(out)
+        new.rename(kept)
+        try:
+            exchange(kept, out)
+        except OSError:
+            kept.rename(new)
+            raise
     log.warning(f"{out} held a finished run, which is kept as {kept}; save_run(..., overwrite=True) replaces a run")
 
 
-def _set_aside(out: Path) -> Path:
-    """Rename a folder to the first free name beside it, from where its data folder is found as before; return that."""
+def _free_name(out: Path) -> Path:
+    """Return the first free name beside a folder, from where its data folder is found as before."""
     names = (out.with_name(f"{out.name}-earlier-{number}") for number in itertools.count(1))
-    kept = next(folder for folder in names if not folder.exists())
-    out.rename(kept)
-    return kept
+    return next(folder for folder in names if not folder.exists())
 
 
 def _data_folder(trainer: tr.Trainer | None, data: str | Path | None) -> Path:

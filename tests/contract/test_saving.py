@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from missrec_t4r.t4r.build import to_core
 from missrec_t4r.t4r.task import _top_items_of_a_trace
 from missrec_t4r.training.warm_start.nightly import load_continued
 from missrec_t4r.training.warm_start.transfer import read_source
+from tests import processes
 from tests.contract import shop
 from tests.ddp import group
 from tests.shop import make_catalogue
@@ -251,6 +253,68 @@ def test_a_run_that_scores_otherwise_is_not_kept_and_an_earlier_one_stays(
     with pytest.raises(ParityError, match="read back scores validation sessions"):
         mr.save_run(by_hand(), out=tmp_path / "run", data=data, overwrite=bool(overwrite))
     assert _content(tmp_path) == before
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+
+import missrec_t4r.t4r as mr
+from tests.contract.test_saving import by_hand
+
+out, data, overwrite, left = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", 0
+model = by_hand()
+with torch.no_grad():
+    mr.to_core(model).item_encoder.id_embedding.weight.add_(0.1)
+
+
+def kill_at_a_change_of_names(event, arguments):
+    global left
+    if event not in ("os.rename", "os.rmdir", "os.remove"):
+        return
+    path = Path(os.fsdecode(arguments[1 if event == "os.rename" else 0]))
+    if path.parent in (out, out.parent):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(kill_at_a_change_of_names)
+for number in range(1, 100):
+    if not (child := os.fork()):
+        left = number
+        mr.save_run(model, out=out, data=data, overwrite=overwrite)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    weight = mr.saving.run_folder.load_run(out).model.item_encoder.id_embedding.weight
+    print(number, status, float(weight[3].detach().sum()))
+    if not status:
+        break
+"""
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_holds_the_earlier_or_the_new_run_wherever_its_process_is_killed(
+    data: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    out, name = tmp_path / "run", "item_encoder.id_embedding.weight"
+    mr.save_run(by_hand(), out=out, data=data)
+    before = float(load_run(out).model.state_dict()[name][3].sum())
+    (out / "notes.txt").touch()
+    done = processes.run(["-c", _KILLED, out, data, overwrite], cwd=Path.cwd())
+    assert not done.returncode, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) > 2
+    assert [int(status) for _, status, _ in lines] == [signal.SIGKILL] * (len(lines) - 1) + [0]
+    sums = [float(value) for *_, value in lines]
+    after = before + 0.1 * shop.SMALL["d_model"]
+    assert all(min(abs(value - before), abs(value - after)) < 1e-3 for value in sums)
+    assert sums[-1] == pytest.approx(after, abs=1e-3)
+    with_notes = [folder.name for folder in sorted(tmp_path.iterdir()) if (folder / "notes.txt").is_file()]
+    assert with_notes == (["run"] if overwrite else ["run-earlier-1"])
+    assert not [path.name for path in (*tmp_path.iterdir(), *out.iterdir()) if path.name.startswith(".")]
 
 
 def _content(folder: Path) -> dict[str, bytes]:

@@ -179,6 +179,24 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "died").exists()
 
 
+def test_ctrl_c_of_a_held_key_counts_once_and_pressed_again_it_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, seconds = signal.signal(signal.SIGINT, signal.default_int_handler), iter([0.0, 0.7, 0.8, 0.9, 2.0])
+    monkeypatch.setattr(executor.time, "monotonic", lambda: next(seconds))
+    try:
+        with executor._interrupted_once():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert caplog.messages == ["interrupted: stopping the processes; Ctrl-C again waits for none of them"]
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 INTERRUPTED = """
 import signal, sys
 from missrec_t4r.etl.engine.executor import open_executor
@@ -215,7 +233,8 @@ def test_ctrl_c_ends_the_worker_processes_without_a_word_of_theirs(answers: bool
     for _ in range(3):  # a key that is held down
         os.killpg(run.pid, signal.SIGINT)
         time.sleep(0.05)
-    assert run.communicate(timeout=300)[1] == "interrupted\n"
+    words = "interrupted: stopping the processes; Ctrl-C again waits for none of them\ninterrupted\n"
+    assert run.communicate(timeout=300)[1] == words
     deadline = time.monotonic() + 120  # Python's own tracker of resources ends after them
     while left := processes.of_group(run.pid):
         assert time.monotonic() < deadline, f"{left} are left"

@@ -29,6 +29,8 @@ WORKER_TIMEOUT = 30.0
 """Seconds without a worker before a run stops; a cluster manager may be restarting workers."""
 _HUSH_TIMEOUT = 5.0
 """Seconds in which workers answer before they are stopped."""
+_SAME_PRESS = 1.0
+"""Seconds between two Ctrl-C of one held key: keyboards repeat after at most .7 seconds, then faster."""
 _RETRIES = 3
 
 
@@ -172,9 +174,9 @@ def _not_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _interrupted_once() -> Iterator[None]:
-    """Take Ctrl-C that is pressed again within `_HUSH_TIMEOUT` for the same one: processes are being stopped by then.
+    """Take Ctrl-C that comes again within `_SAME_PRESS` for the same one: its key is held, or bounced.
 
-    Pressed later it ends that as well, with Dask's traceback.
+    Processes are being stopped by then. Pressed again it ends that as well, with Dask's traceback.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -184,7 +186,9 @@ def _interrupted_once() -> Iterator[None]:
 
     def interrupt(*_: object) -> None:
         pressed.append(time.monotonic())
-        if len(pressed) == 1 or pressed[-1] - pressed[0] > _HUSH_TIMEOUT:
+        if len(pressed) == 1:
+            log.warning("interrupted: stopping the processes; Ctrl-C again waits for none of them")
+        if len(pressed) == 1 or pressed[-1] - pressed[-2] > _SAME_PRESS:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)

@@ -2,8 +2,8 @@
 
 `run.json` makes a folder a finished run. A new run is written beside the earlier one of its folder, which stays until
 the new one is complete. Then the new files wait in one folder while they take the places of the old ones: what a killed
-process left of that, the next reader or writer does (`complete`). Weights are loaded only if every tensor of the model is there in its shape; an error lists what
-is missing, unexpected or of another shape.
+process left of that, the next reader or writer does (`complete`). Weights are loaded only if every tensor of the model
+is there in its shape; an error lists what is missing, unexpected or of another shape.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ RECIPE_FILE, RUN_FILE, WEIGHTS_FILE, STATE_FILE = "recipe.json", "run.json", "we
 _CHECKSUM = "sessions_checksum"
 LOG_FILE = "log.jsonl"
 """Training log, a JSON line per epoch."""
+CHECKPOINT_FOLDER = "checkpoint"
+"""Folder of the checkpoints of T4R's Trainer."""
 UNFINISHED_FILE = "unfinished"
 """Empty file beside a finished run while, and after, a training that has not replaced it."""
-_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, UNFINISHED_FILE, "checkpoint", "tensorboard"}
+_RUN_PARTS: Final = {RUN_FILE, RECIPE_FILE, STATE_FILE, LOG_FILE, UNFINISHED_FILE, CHECKPOINT_FOLDER, "tensorboard"}
 """What shows that a folder is that of a run; a killed training may have left one of them alone."""
 _NEW_FOLDER: Final = ".replaced-by"
 """Folder of the files of a complete new run in its run folder, until they have their places."""
@@ -114,12 +116,16 @@ def begin_training(out: Path) -> None:
         complete(out)
         if (out / RUN_FILE).is_file():
             (out / UNFINISHED_FILE).touch()
+            log.info(f"the finished run in {out} stays until this training is complete")
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a folder holds a finished run, and no training that would have replaced it was killed there."""
+    """Whether a folder holds a finished run, and no checkpoint of a training that would have replaced it."""
     complete(out)
-    return (out / RUN_FILE).is_file() and not (out / UNFINISHED_FILE).is_file()
+    if not (out / RUN_FILE).is_file():
+        return False
+    has_checkpoint = (out / STATE_FILE).is_file() or any((out / CHECKPOINT_FOLDER).glob("checkpoint-*"))
+    return not ((out / UNFINISHED_FILE).is_file() and has_checkpoint)
 
 
 def save_run(

@@ -31,7 +31,7 @@ from missrec_t4r.errors import CheckpointError, ConfigError
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.tensors_only import tensors_only
 from missrec_t4r.ranking.tune import fit_terms
-from missrec_t4r.runs.run_folder import LOG_FILE, RUN_FILE, begin_training, save_run
+from missrec_t4r.runs.run_folder import CHECKPOINT_FOLDER, LOG_FILE, RUN_FILE, begin_training, save_run
 from missrec_t4r.t4r.block import InterestRefresh
 from missrec_t4r.t4r.build import build_model, missrec_block, to_core
 from missrec_t4r.t4r.columns import event_feature_name, item_column, load_schema
@@ -44,7 +44,6 @@ from missrec_t4r.training.state import content_checksum
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FOLDER = "checkpoint"
 _CONTENT = "content"
 """Key of the checksum of the data beside the recipe of the checkpoints."""
 NDCG = "eval_/next-item/ndcg_at_10"

@@ -19,7 +19,15 @@ from missrec_t4r.errors import ConfigError
 from missrec_t4r.io.hashing import data_digest, file_digest
 from missrec_t4r.io.json_files import read_json, write_json
 from missrec_t4r.io.lock import locked
-from missrec_t4r.runs.run_folder import RECIPE_FILE, RUN_FILE, STATE_FILE, WEIGHTS_FILE, is_finished, versions
+from missrec_t4r.runs.run_folder import (
+    RECIPE_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    UNFINISHED_FILE,
+    WEIGHTS_FILE,
+    is_finished,
+    versions,
+)
 from missrec_t4r.training import distributed
 from missrec_t4r.training.state import LIMITS, has_grown
 
@@ -80,6 +88,11 @@ def run_or_reuse(
     ConfigError
         ``out`` holds a finished run with other settings, which only ``--restart`` replaces.
     """
+    if resume and (out / UNFINISHED_FILE).is_file() and is_finished(out):
+        log.warning(
+            f"a training that was to replace the finished run in {out} was killed before its first checkpoint: the run "
+            "is as it was, without its checkpoint and training log"
+        )
     result = _stored(out, key) if resume else None
     if result is not None:
         log.info(f"{out} is a finished run of the same data and settings; `--restart` of its own command trains again")

@@ -3,10 +3,12 @@
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from missrec_t4r import commands
 from missrec_t4r.config import Recipe
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.data.sessions import Sessions
@@ -136,6 +138,34 @@ def test_a_finished_run_stays_while_another_training_would_replace_it(
         patched.setattr(Trainer, "_epoch", lambda self: pytest.fail("both epochs were trained"))
         train(data, out, recipe="tiny", settings=changed)
     assert load_run(out).recipe.train.learning_rate == 0.02
+
+
+def test_a_finished_run_counts_as_one_where_a_restart_died_before_its_first_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command without --restart returns it, and other settings need --restart again."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def run(**more: Any) -> dict[str, Any]:
+        how = {"resume": resume, "reuse": True}
+        return commands.train(data, out=tmp_path / "run", recipe="tiny", settings=settings | more, **how)
+
+    settings, resume = SMALL | {"train.epochs": 1}, True
+    run()
+    weights = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    resume = False
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(**{"train.batch_size": 8})
+    resume = True
+    with pytest.raises(ConfigError, match="holds a finished run with other settings: train.batch_size"):
+        run(**{"train.batch_size": 8})
+    assert "was killed before its first checkpoint: the run is as it was" in caplog.text
+    assert run()["found"] is True
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == weights
 
 
 def test_an_interrupted_run_is_not_resumed_with_other_settings(data: Path, tmp_path: Path) -> None:

@@ -318,9 +318,21 @@ def _scores(bundle: LoadedBundle, sessions: torch.Tensor) -> torch.Tensor:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Exchange the new version with the bundle in one step; the old one becomes the previous version."""
-    exchange(new, folder)
+    """Exchange the new version with the bundle in one step; the old one becomes the previous version.
+
+    The new one is under the name of the previous one before: a process that is killed in between loses neither.
+    """
     previous = previous_of(folder)
-    if previous.exists():
-        shutil.rmtree(previous)
-    new.rename(previous)
+    had_previous = previous.exists()
+    if had_previous:
+        exchange(new, previous)
+    else:
+        new.rename(previous)
+    try:
+        exchange(previous, folder)
+    except OSError:
+        if had_previous:
+            exchange(new, previous)
+        else:
+            previous.rename(new)
+        raise

@@ -17,6 +17,7 @@ command line give the same three-part error.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import types
 import typing
@@ -138,7 +139,9 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
     if Sequence in kinds and (Path in kinds or str not in kinds):
         elements = _members(typing.get_args(members[kinds.index(Sequence)])[0])
         if Path in elements or name in FLAGS or option.argument:
-            return _Value(list[str], list(default or ()), "<path>" if Path in elements else "<str>", convert=list)
+            if Path in elements:
+                return _Value(list[str], list(default or ()), "<path>", lambda given: [*map(os.path.expanduser, given)])
+            return _Value(list[str], list(default or ()), "<str>", convert=list)
         shown = ",".join(default or ()) or None
         return _Value(str | None, shown, "A,B,...", lambda text: default if text is None else listed(text))
     if Mapping in kinds and str not in kinds:
@@ -152,7 +155,13 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
         kind, metavar = str, "|".join(typing.get_args(members[kinds.index(Literal)]))
     else:
         kind = next(number_or_text for number_or_text in (str, int, float) if number_or_text in kinds)
-    return _Value(kind | None if default is None else kind, default, metavar)
+    typed = kind | None if default is None else kind
+    return _Value(typed, default, metavar, _at_home) if kind is Path else _Value(typed, default, metavar)
+
+
+def _at_home(path: Path | None) -> Path | None:
+    """Return a path with the home folder for ``~``, which shells leave as it is in ``--out=~/run`` and in quotes."""
+    return None if path is None else path.expanduser()
 
 
 def _mapping(hint: Any, flag: str, option: Option) -> _Value:

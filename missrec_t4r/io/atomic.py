@@ -274,12 +274,15 @@ def refuse_unmanaged(
 def atomic_write_file(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``file``, of the same name, that replaces it if the block succeeds.
 
+    What a link names is replaced, not the link.
+
     Raises
     ------
     DataError
         The disk is full or read-only.
     """
     with translate_disk_errors(file):
+        file = file.resolve() if file.is_symlink() else file
         file.parent.mkdir(parents=True, exist_ok=True)
         recover(file)
         with tempfile.TemporaryDirectory(prefix=_temporary_prefix(file), dir=file.parent) as folder:

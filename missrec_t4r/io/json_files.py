@@ -57,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
         It is damaged, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # editors of Windows begin it with a mark
         if not isinstance(content, dict):
             raise TypeError(f"its content is of type {type(content).__name__}")
     except (ValueError, TypeError, RecursionError) as error:

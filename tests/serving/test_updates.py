@@ -32,6 +32,7 @@ from missrec_t4r.commands.bundles import _require_same_encoder
 from missrec_t4r.data.catalogue import Catalogue
 from missrec_t4r.errors import BundleError, DataError, ModalityError, ParityError
 from missrec_t4r.export.export import export
+from missrec_t4r.io import atomic
 from missrec_t4r.retrieval.ranker import Ranker
 from missrec_t4r.serving.deploy.blue_green import deploy
 from tests.serving import shop
@@ -185,6 +186,26 @@ def test_the_id_column_of_the_new_items_may_have_another_name(before: Path, tmp_
     done = CliRunner().invoke(app, [*words, "--item-column", "sku"])
     assert json.loads(done.stdout.splitlines()[-1])["added"] == 1
     assert load_bundle(before).catalogue.items["item_id"].to_pylist()[-1] == "neu-1"
+
+
+def test_an_update_that_is_killed_between_its_renames_loses_no_version(
+    before: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = update_catalogue(before, ITEMS, modalities=vectors())["catalogue_version"]
+    more = pa.table({"item_id": [CHANGED], "retired": [True]})
+
+    def killed(one: Path, other: Path) -> None:
+        if other == before:
+            raise KeyboardInterrupt
+        atomic.exchange(one, other)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("missrec_t4r.bundle.update_catalogue.exchange", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_catalogue(before, more)
+    assert catalogue_version(verify_bundle(before)) == version
+    assert update_catalogue(before, more)["previous"] == version
+    assert rollback_catalogue(before)["catalogue_version"] == version
 
 
 def test_a_damaged_version_before_is_not_rolled_back_to(before: Path) -> None:

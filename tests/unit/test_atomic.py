@@ -177,3 +177,14 @@ def test_a_file_is_replaced_whole_and_partial_ones_of_killed_processes_are_remov
     write_json(file, {"number": 2})
     assert read_json(file) == {"number": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_file_that_a_link_names_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere" / "metrics.json", tmp_path / "metrics.json"
+    link.symlink_to(file)
+    for text in ("1", "2"):  # a link that names no file yet, and one that does
+        atomic.write_text(link, text)
+        assert link.is_symlink()
+        assert file.read_text() == text
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["metrics.json"]

@@ -37,3 +37,8 @@ def test_a_catalogue_whose_description_is_a_list_is_no_catalogue(tmp_path: Path)
     (tmp_path / "catalogue.json").write_text("[]")
     with pytest.raises(DataError, match=r"catalogue.json cannot be read .*type list"):
         Catalogue.load(tmp_path)
+
+
+def test_a_file_that_an_editor_of_windows_saved_is_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_bytes(b'\xef\xbb\xbf{"name": "x"}\r\n')
+    assert read_json(tmp_path / "recipe.json") == {"name": "x"}

@@ -218,3 +218,16 @@ def test_a_finished_run_goes_on_for_more_epochs_and_ends_like_a_longer_one(data:
     code, _, words = _train(data, run, "--set=train.epochs=1")
     assert code == 2
     assert "train.epochs 2 -> 1" in words
+
+
+def test_the_home_folder_is_meant_by_a_tilde_that_the_shell_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``--run=~/run``, and in a pattern in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = CliRunner().invoke(app, ["evaluate", "--run=~/run"])
+    assert f"{tmp_path / 'run'} holds no run.json" in " ".join(answer.stderr.split())
+    given = ["etl", "--interactions=~/events/*.csv", "--items=~/items.csv", "--out=~/data"]
+    answer = CliRunner().invoke(app, given)
+    assert f"{tmp_path / 'events'}" in "".join(answer.stderr.split())
+    assert "~" not in answer.stderr

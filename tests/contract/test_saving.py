@@ -265,6 +265,7 @@ import missrec_t4r.t4r as mr
 from tests.contract.test_saving import by_hand
 
 out, data, overwrite, left = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", 0
+torch.set_num_threads(1)  # a fork has none of the threads that torch would wait for
 model = by_hand()
 with torch.no_grad():
     mr.to_core(model).item_encoder.id_embedding.weight.add_(0.1)

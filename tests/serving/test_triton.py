@@ -74,7 +74,7 @@ def test_single_sessions_from_many_clients_are_batched_and_equal(server: LocalTr
     before = statistics(server, "missrec_ranker")
     with MISSRecClient(server.grpc_url) as client:
         parity = compare_served(client, loaded.model, loaded.catalogue, histories)
-    after = statistics(server, "missrec_ranker")
+    after = statistics(server, "missrec_ranker", before["inferences"] + len(histories))
     assert parity.equal, parity
     assert parity.sessions == len(histories)
     assert after["inferences"] - before["inferences"] == len(histories)
@@ -287,8 +287,14 @@ def test_threads_may_share_a_grpc_client(server: LocalTriton, bundle: Path, load
     assert [answer.item_ids for answer in answers] == ids
 
 
-def statistics(server: LocalTriton, model: str) -> dict[str, int]:
-    client = triton_grpc.InferenceServerClient(server.grpc_url)
-    (stats,) = client.get_inference_statistics(model).model_stats
-    client.close()
-    return {"inferences": stats.inference_count, "executions": stats.execution_count}
+def statistics(server: LocalTriton, model: str, inferences: int = 0) -> dict[str, int]:
+    """Return Triton's counts once there are as many inferences and they stand still: it counts after it answers."""
+    counts = [(-1, -1)]
+    until = time.monotonic() + 60
+    with triton_grpc.InferenceServerClient(server.grpc_url) as client:
+        while counts[-1][0] < inferences or len(counts) < 3 or counts[-1] != counts[-2]:
+            assert time.monotonic() < until, counts[-1]
+            time.sleep(0.3)
+            (stats,) = client.get_inference_statistics(model).model_stats
+            counts.append((stats.inference_count, stats.execution_count))
+    return dict(zip(("inferences", "executions"), counts[-1]))

@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 import typer
 import yaml
@@ -33,6 +33,8 @@ from missrec_t4r.commands.in_python import flags_of
 from missrec_t4r.config.option_names import FLAGS
 from missrec_t4r.config.yaml_text import parse_yaml
 from missrec_t4r.errors import ConfigError
+
+_Path = TypeVar("_Path", str, Path, None)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
         elements = _members(typing.get_args(members[kinds.index(Sequence)])[0])
         if Path in elements or name in FLAGS or option.argument:
             if Path in elements:
-                return _Value(list[str], list(default or ()), "<path>", lambda given: [*map(os.path.expanduser, given)])
+                return _Value(list[str], list(default or ()), "<path>", lambda given: [*map(_at_home, given)])
             return _Value(list[str], list(default or ()), "<str>", convert=list)
         shown = ",".join(default or ()) or None
         return _Value(str | None, shown, "A,B,...", lambda text: default if text is None else listed(text))
@@ -156,19 +158,26 @@ def _value(name: str, members: list[Any], default: Any, flag: str, option: Optio
     else:
         kind = next(number_or_text for number_or_text in (str, int, float) if number_or_text in kinds)
     typed = kind | None if default is None else kind
-    return _Value(typed, default, metavar, _at_home) if kind is Path else _Value(typed, default, metavar)
+    is_path = Path in kinds and kind in (Path, str)
+    return _Value(typed, default, metavar, _at_home) if is_path else _Value(typed, default, metavar)
 
 
-def _at_home(path: Path | None) -> Path | None:
-    """Return a path with the home folder for ``~``, which shells leave as it is in ``--out=~/run`` and in quotes."""
-    return None if path is None else path.expanduser()
+def _at_home(path: _Path) -> _Path:
+    """Return a path with the home folder for ``~``, which shells leave as it is in ``--out=~/run`` and in quotes.
+
+    As shells do, it leaves the ``~`` of a user who is unknown.
+    """
+    return path if path is None else type(path)(os.path.expanduser(path))
 
 
 def _mapping(hint: Any, flag: str, option: Option) -> _Value:
     if option.yaml:
         return _Value(list[str], [], "KEY=VALUE", lambda given: _yaml_pairs(given, flag))
-    if str in _members(typing.get_args(hint)[1]):
-        return _Value(list[str], [], "NAME=VALUE", lambda given: pairs(given, flag))
+    if str in (of_values := _members(typing.get_args(hint)[1])):
+        read = _at_home if Path in of_values else str
+        return _Value(
+            list[str], [], "NAME=VALUE", lambda given: {key: read(value) for key, value in pairs(given, flag).items()}
+        )
 
     def from_json(text: str | None) -> dict[str, Any] | None:
         from missrec_t4r.serving.client.protocol import json_option

@@ -231,3 +231,15 @@ def test_the_home_folder_is_meant_by_a_tilde_that_the_shell_left(
     answer = CliRunner().invoke(app, given)
     assert f"{tmp_path / 'events'}" in "".join(answer.stderr.split())
     assert "~" not in answer.stderr
+    given = ["train", "--data=~/data", "--out=~/run", "--recipe=~/mine.yaml"]
+    assert f"{tmp_path / 'mine.yaml'}" in "".join(CliRunner().invoke(app, given).stderr.split())
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\nann,desk,1\n")
+    given = ["etl", "--interactions=~/events.csv", "--modality", "text=~/text.npy", "--out=~/data"]
+    answer = CliRunner().invoke(app, [*given, "--items", str(tmp_path / "events.csv")])
+    assert f"{tmp_path / 'text.npy'}" in "".join(answer.stderr.split())
+
+
+def test_the_tilde_of_an_unknown_user_stays(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(app, ["evaluate", "--run", "~nobody-of-this-name/run"])
+    assert answer.exit_code == 2
+    assert "~nobody-of-this-name/run holds no run.json" in " ".join(answer.stderr.split())

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from missrec_t4r.arrays import Ints
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.session_files import row_files
 from missrec_t4r.etl import item_table, splits
 from missrec_t4r.etl.event_arithmetic import sum_counts
 from missrec_t4r.schema import (
@@ -158,7 +159,7 @@ def write_session_schema(splits: Path, folder: Path, vocabularies: Mapping[str, 
     longest : int
         Events of the longest session.
     """
-    file = next(file for name in SPLITS for file in sorted((splits / name).glob("*.parquet")))
+    file = next(file for name in SPLITS for file in row_files(splits / name))
     sizes = {name: FIRST_ITEM_ROW + len(values) for name, values in vocabularies.items()}
     text = "".join(_lines({"feature": [_feature(field, sizes, longest) for field in pq.read_schema(file)]}))
     for target in (folder, *(folder / name for name in SPLITS)):

@@ -110,6 +110,7 @@ def test_the_gate_of_an_update_is_about_the_new_events(tmp_path: Path, delta: bo
     etl(*write(tmp_path / "raw", pd.concat([EVENTS, EVENTS])), tmp_path / "data", engine="disk", workers=1)
     night = EVENTS[["user_id", "item_id", "event_type", "dwell"]][:4].assign(timestamp=[60, 61, 62, 62])
     night.assign(item_id=["lamp", None, "desk", "desk"], user_id="ann").to_parquet(tmp_path / "night.parquet")
+    (tmp_path / "data" / "train" / "._part_00000.parquet").write_bytes(b"what macOS keeps of a file")
     etl(tmp_path / "night.parquet", None, tmp_path / "data", update=True, delta=delta, workers=1)
     measures = report(tmp_path / "data", tmp_path / "out")["measures"]
     assert (measures["share.null_item_id"], measures["share.duplicate_events"]) == (0.25, 0.25)

@@ -13,6 +13,7 @@ import numpy as np
 
 from missrec_t4r.arrays import Doubles, Ints
 from missrec_t4r.data.catalogue import Catalogue
+from missrec_t4r.data.session_files import row_files
 from missrec_t4r.data.sessions import Sessions
 from missrec_t4r.data.user_sessions import keyed_sessions, longest_rows
 from missrec_t4r.errors import DataError
@@ -64,7 +65,7 @@ class ReportData:
         if not report.is_file():
             raise DataError(f"{data} holds no etl.json", "a data folder", "write one with `missrec etl`")
         written = read_json(report)
-        splits = [data / split for split in SPLITS if any((data / split).glob("*.parquet"))]
+        splits = [data / split for split in SPLITS if row_files(data / split)]
         findings, read = largest_counts(written.get("findings", [])), int(written.get("events_read", 0))
         version, changes = int(written.get("version", 1)), _updates_after(data, accepted)
         if len(changes) > 1:

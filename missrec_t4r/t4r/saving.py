@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +70,7 @@ def save_run(
     out : path
         Run folder, for ``missrec evaluate``, ``missrec export`` and `load_run`. A run that it holds is kept beside it,
         as ``OUT-earlier-1`` and so on, since a refusal at the end of a script would lose what was trained; replaced
-        where the data folder, or the working directory, is in it.
+        where the data folder, or the working directory, is in it, or the folder cannot be renamed, as a mounted one.
     trainer : tr.Trainer, optional
         That trained the model: its arguments are recorded, and the data folder is found beside its training split.
     data : path, optional
@@ -125,7 +127,8 @@ def save_run(
         log.info(f"process {rank} of several: the first one writes {out}")
     else:
         recipe = Recipe(name="t4r", model=core.config, train=settings)
-        with locked(out), _place(out, folder, overwrite) as place:
+        alone = locked(out) if os.access(out.parent, os.W_OK) else contextlib.nullcontext()  # as of a mounted folder
+        with alone, _place(out, folder, overwrite) as place:
             run_folder.save_run(
                 place,
                 core,
@@ -189,14 +192,16 @@ def _place(out: Path, data: Path, overwrite: bool) -> Iterator[Path]:
         yield out
         return
     others = [path for path in (data.resolve(), Path.cwd()) if path.is_relative_to(out.resolve())]
-    if overwrite or others:
+    can_be_renamed = os.access(out.parent, os.W_OK) and not out.is_mount()
+    if overwrite or others or not can_be_renamed:
         yield out
-        why = "" if overwrite else f": {others[0]} could not stay if {out} were renamed"
+        what = f"{others[0]} could not stay if {out} were" if others else f"{out.absolute()} cannot be"
+        why = "" if overwrite else f": {what} renamed"
         log.log(logging.INFO if overwrite else logging.WARNING, f"{out} held a finished run, which is replaced{why}")
         return
     with temporary_dir(out) as new:
         yield new
-        new.chmod(0o755)
+        new.chmod(stat.S_IMODE(out.stat().st_mode))
         kept = _free_name(out)
         new.rename(kept)
         try:

@@ -116,6 +116,20 @@ def test_validation_sessions_without_a_known_target_are_left_out(data: Path, tmp
     assert info["valid"] == mr.save_run(by_hand(), out=tmp_path / "run", data=folder)["valid"]
 
 
+def test_a_run_is_written_where_only_its_folder_can_be(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As into one that is mounted: a lock, or an earlier run, cannot be beside it."""
+    out = tmp_path / "run"
+    out.mkdir()
+    monkeypatch.setattr("missrec_t4r.t4r.saving.os.access", lambda path, _: path != tmp_path)
+    monkeypatch.setattr("missrec_t4r.t4r.saving.locked", None)
+    for _ in range(2):
+        mr.save_run(by_hand(), out=out, data=data)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert f"{out} held a finished run, which is replaced: {out} cannot be renamed" in caplog.text
+
+
 def test_a_run_that_the_folder_holds_is_kept_beside_it_unless_it_is_to_be_replaced(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,6 +137,7 @@ def test_a_run_that_the_folder_holds_is_kept_beside_it_unless_it_is_to_be_replac
     model, out, kept = by_hand(), tmp_path / "run", tmp_path / "run-earlier-1"
     mr.save_run(model, out=out, data=data)
     (out / "metrics_test.json").write_text("{}")  # an evaluation of that run
+    out.chmod(0o775)
     assert "earlier" not in caplog.text
     weights = load_run(out).model.state_dict()
     with torch.no_grad():
@@ -130,6 +145,7 @@ def test_a_run_that_the_folder_holds_is_kept_beside_it_unless_it_is_to_be_replac
     mr.save_run(model, out=out, data=data)
     assert f"{out} held a finished run, which is kept as {kept}; save_run(..., overwrite=True) replaces" in caplog.text
     assert (kept / "metrics_test.json").is_file()
+    assert out.stat().st_mode & 0o777 == 0o775, "of those who may write into it"
     assert not (out / "metrics_test.json").exists()
     name = "item_encoder.id_embedding.weight"
     assert torch.equal(load_run(kept).model.state_dict()[name], weights[name])

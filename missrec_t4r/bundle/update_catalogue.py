@@ -28,7 +28,7 @@ from missrec_t4r.bundle.manifest import MODEL_FILE, WEIGHTS_FILE, catalogue_vers
 from missrec_t4r.data.catalogue import Catalogue, Modality
 from missrec_t4r.errors import BundleError, ParityError
 from missrec_t4r.io.arrow_files import one_array
-from missrec_t4r.io.atomic import exchange, temporary_dir
+from missrec_t4r.io.atomic import exchange, recover, temporary_dir
 from missrec_t4r.io.lock import locked
 from missrec_t4r.model.missrec import MISSRec
 from missrec_t4r.ranking.hybrid import terms_of
@@ -323,6 +323,7 @@ def _swap(new: Path, folder: Path) -> None:
     The new one is under the name of the previous one before: a process that is killed in between loses neither.
     """
     previous = previous_of(folder)
+    recover(previous)
     had_previous = previous.exists()
     if had_previous:
         exchange(new, previous)

@@ -204,9 +204,9 @@ def complete(run: Path) -> None:
         return
     except OSError as error:
         raise CheckpointError(
-            f"a process was killed while it replaced the run {run}, and the rest cannot be done ({error})",
+            f"a process replaces the run {run}, or was killed while it did, and the rest cannot be done ({error})",
             "a folder that this user may write",
-            f"read it once as a user who may, by `missrec page --run {run}` say",
+            f"read it once as a user who may: `missrec evaluate --run {run}`",
         ) from error
 
 
@@ -234,7 +234,8 @@ def read_info(run: Path) -> dict[str, Any]:
     """
     complete(run)
     if not (run / RUN_FILE).is_file():
-        recover(run)  # where a file system cannot exchange names
+        with contextlib.suppress(OSError):  # this user may not write there
+            recover(run)  # where a file system cannot exchange names
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(
             f"{run} holds no {RUN_FILE}",

@@ -25,6 +25,7 @@ from missrec_t4r.runs.run_folder import (
     STATE_FILE,
     UNFINISHED_FILE,
     WEIGHTS_FILE,
+    complete,
     is_finished,
     versions,
 )
@@ -59,6 +60,8 @@ def recipe_key(
     digest = hashlib.sha256(json.dumps([recorded, versions()], sort_keys=True, default=str).encode())
     package = Path(__file__).parents[1]
     code = sorted(file for name in _CODE for file in (package / name).rglob("*.py"))
+    if source is not None:
+        complete(Path(source))
     start = [] if source is None else [Path(source) / RUN_FILE, Path(source) / WEIGHTS_FILE]
     files = [*code, *(file for file in start if file.is_file())]
     for content in (*map(file_digest, files), *(data_digest(Path(folder)) for folder in data)):

@@ -388,7 +388,8 @@ def _named(schema: Schema, names: Sequence[str]) -> Schema:
 def _all_prefixes(item_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expand rows into their prefixes.
 
-    Rows without one, or of which none is drawn, follow once, without a label: other tasks have a label for every row.
+    The longest prefix of a row is always there, since other tasks have a label for every row; where it is not drawn, or
+    has nothing after it, without a label of its own.
 
     Returns
     -------
@@ -396,21 +397,18 @@ def _all_prefixes(item_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         Row, position of the target and position of the first label of each prefix, [prefix]; the longest prefix of
         each row, [batch].
     """
-    length = (item_ids > 0).sum(1)  # [batch]
-    n_prefixes = (length - 1).clamp_min(0)
+    n_prefixes = ((item_ids > 0).sum(1) - 1).clamp_min(1)  # [batch]
     row = torch.repeat_interleave(n_prefixes)  # [prefix]
     target = 1 + torch.arange(len(row), device=row.device) - (n_prefixes.cumsum(0) - n_prefixes)[row]
+    first, longest = target - 1, n_prefixes.cumsum(0) - 1
     most = max(1, _MOST_EXPANDED // item_ids.shape[1])
     if len(row) > most:
-        drawn = torch.randperm(len(row), device=row.device)[:most].sort().values
-        row, target = row[drawn], target[drawn]
-    of_row = torch.bincount(row, minlength=len(length))  # [batch], ascending in `row`
-    left = torch.nonzero(of_row == 0).flatten()
-    longest = of_row.cumsum(0) - 1
-    longest[left] = len(row) + torch.arange(len(left), device=row.device)
-    whole = torch.where(length < 2, length, length - 1)[left]  # as `PrefixMasking.target_index` has it
-    first = torch.cat([target - 1, whole])
-    return torch.cat([row, left]), torch.cat([target, whole]), first, longest
+        is_drawn = torch.zeros_like(row, dtype=torch.bool)
+        is_drawn[torch.randperm(len(row), device=row.device)[:most]] = True
+        is_kept = is_drawn.index_fill(0, longest, True)
+        first, longest = torch.where(is_drawn, first, target), is_kept.cumsum(0)[longest] - 1
+        row, target, first = row[is_kept], target[is_kept], first[is_kept]
+    return row, target, first, longest
 
 
 def _last_is_known(item_ids: Tensor) -> Tensor:

@@ -117,9 +117,6 @@ def test_a_task_reads_one_vector_for_each_row_where_rows_become_several(
     state = body[0].state.sessions
     longest = (state.item_ids[state.longest] > 0).sum(1).tolist()
     trained = int((body[0].masking.masked_targets > 0).sum())
-    if most > 40:
-        assert (longest, trained) == ([3, 1, 1, 0, 2], 6)
-        torch.testing.assert_close(output, whole)
-    else:
-        assert trained == 4
-        assert all(0 < n <= m for n, m in zip(longest[:3], [3, 1, 1], strict=True))
+    assert longest == [3, 1, 1, 0, 2]
+    torch.testing.assert_close(output, whole)
+    assert trained == 6 if most > 40 else 2 <= trained <= 4  # two of the rows have no label that could be drawn

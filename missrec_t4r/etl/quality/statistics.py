@@ -54,7 +54,7 @@ class ReportData:
         data : Path
         accepted : int, optional
             Version of the folder that a report accepted last: findings are those of all updates since, so that what
-            was refused one night is not accepted with the next one. By default those of the newest update.
+            was refused with one update is not accepted with the next. By default those of the newest update.
 
         Raises
         ------
